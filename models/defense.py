@@ -1,0 +1,77 @@
+"""The defended classifier: the one place where a chain of purifiers, votes and seeds come together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from models.classifiers import Classifier
+from models.randomness import derive_seed, fresh_seeds
+
+Seed = int | Sequence[int] | None
+
+
+class Purifier(Protocol):
+    """Images in, images out: same shape, in [0, 1]; one seed per image draws whatever is drawn."""
+
+    @property
+    def is_random(self) -> bool: ...
+
+    def __call__(self, images: Tensor, seeds: Sequence[int]) -> Tensor: ...
+
+
+class DefendedClassifier(nn.Module):
+    """images -> chain of purifiers -> classifier -> logits, differentiable where the purifiers are.
+
+    `seed` makes the randomness reproducible: one number for every image of a batch, or one per image; None draws
+    fresh seeds at every call. With `votes` > 1 the probabilities of that many draws are averaged and their
+    logarithm is returned; a chain that draws nothing runs once whatever the number.
+    """
+
+    def __init__(self, classifier: Classifier, chain: Sequence[Purifier], *, votes: int = 1, seed: Seed = None) -> None:
+        """Raises ValueError unless votes is 1 or more."""
+        super().__init__()
+        if votes < 1:
+            raise ValueError(f"votes is 1 or more, not {votes}")
+        self.classifier = classifier
+        self.chain = nn.ModuleList(chain)  # type: ignore[arg-type]
+        self.votes = votes if self.is_random else 1
+        self.seed = seed
+
+    @property
+    def is_random(self) -> bool:
+        """Whether two calls without a seed can differ."""
+        return any(purifier.is_random for purifier in self.chain)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, K)."""
+        seeds = self.seeds_for(images)
+        if self.votes == 1:
+            return self.vote(images, seeds, 0)
+        votes = [self.vote(images, seeds, vote).log_softmax(1) for vote in range(self.votes)]
+        return torch.stack(votes).logsumexp(0) - torch.tensor(self.votes).log()
+
+    def vote(self, images: Tensor, seeds: Sequence[int], vote: int) -> Tensor:
+        """The logits of one draw of the defense's randomness."""
+        logits: Tensor = self.classifier(self.purify(images, seeds, vote))
+        return logits
+
+    def purify(self, images: Tensor, seeds: Sequence[int], vote: int = 0) -> Tensor:
+        """The chain applied left to right; every purifier and every vote has draws of its own."""
+        for position, purifier in enumerate(self.chain):
+            own = [derive_seed(seed, "vote", vote, "step", position) for seed in seeds]
+            images = purifier(images, own)
+        return images
+
+    def seeds_for(self, images: Tensor) -> list[int]:
+        """One seed per image; raises ValueError if the seeds given do not fit the batch."""
+        if self.seed is None:
+            return fresh_seeds(len(images))
+        if isinstance(self.seed, int):
+            return [self.seed] * len(images)
+        if len(self.seed) != len(images):
+            raise ValueError(f"{len(self.seed)} seeds were given for {len(images)} images")
+        return list(self.seed)

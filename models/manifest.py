@@ -1,0 +1,219 @@
+"""What `bundle.json` says: the schema of a bundle, without torch, so that a gateway can read it alone.
+
+Every defense is written with all hyper-parameters of each of its presets: a bundle means the same however
+the defaults of this code change later.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+SCHEMA_VERSION: Literal[1] = 1
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class UnknownDefense(ValueError):
+    """A defense, preset or chain that a bundle does not offer; the message is safe to show to a client."""
+
+
+class Strict(BaseModel):
+    """Frozen; a field that it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ClassifierSpec(Strict):
+    """The undefended classifier: a name of `models.classifiers.ARCHITECTURES`; its weights hold its normalization."""
+
+    architecture: str
+
+
+class InpainterSpec(Strict):
+    """The network that fills in what a random transform removed."""
+
+    architecture: Literal["unet", "deepfill"]
+    width: PositiveInt
+    """Channels of the first level: 32 is a light U-Net, 48 the published DeepFill."""
+    space_to_depth: PositiveInt = 1
+    """Side of the pixel blocks that the U-Net folds into channels, so that a large working image stays cheap."""
+
+
+class AtopPreset(Strict):
+    """AToP's random transform (§3.2): theta_t = (sigma, r, N) at a working size."""
+
+    transform: Literal["rt1", "rt2", "rt3"]
+    working_size: PositiveInt
+    """Side of the square image that is transformed and in-painted."""
+    sigma: NonNegativeFloat
+    """Standard deviation of the Gaussian noise, per working pixel, on the scale where an image is [0, 1]."""
+    mask_ratio: Fraction = 0.25
+    """Share of the cells that are hidden; rt3 takes 1 / mask_ratio passes that hide each cell once."""
+    cells_per_side: PositiveInt = 8
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.working_size % self.cells_per_side:
+            raise ValueError("working_size must be a multiple of cells_per_side")
+        hidden = int(self.mask_ratio * self.cells_per_side**2)
+        if self.transform == "rt3" and (hidden == 0 or self.cells_per_side**2 % hidden):
+            raise ValueError("rt3 needs a mask_ratio that divides the cells into equal passes")
+        if self.transform == "rt1" and self.sigma:
+            raise ValueError("rt1 adds no noise: sigma must be 0")
+        return self
+
+
+class AtopSpec(Strict):
+    """AToP: one in-painter, one or more transforms in front of it."""
+
+    inpainter: InpainterSpec
+    default_preset: str
+    presets: dict[str, AtopPreset]
+
+
+class AidPreset(Strict):
+    """AID's iterative purification (Algorithm 2)."""
+
+    eps: PositiveFloat = 8 / 255
+    step_size: PositiveFloat = 2 / 255
+    steps: PositiveInt = 10
+
+
+class AidSpec(Strict):
+    """AID's discriminator (§2.3 of the paper's supplement) and its purification presets."""
+
+    layout: Literal["code", "paper"] = "code"
+    taps: tuple[str, str]
+    width: PositiveInt = 1024
+    tap_layers: PositiveInt = 2
+    """Hidden layers of each tap's own branch."""
+    joint_layers: PositiveInt = 3
+    """Hidden layers after both branches are joined; the paper layout has 2."""
+    default_preset: str = "code"
+    presets: dict[str, AidPreset] = {"code": AidPreset()}
+    threshold: Fraction = 0.5
+    """Images that score below are called suspicious."""
+
+
+class BlurSpec(Strict):
+    """The blur of ZeroPur: a Gaussian of standard deviation `size` (pixels), or a median of side `size`."""
+
+    kind: Literal["gaussian", "median"]
+    size: PositiveFloat
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind == "median" and (self.size != int(self.size) or int(self.size) % 2 == 0):
+            raise ValueError("a median blur has an odd whole side")
+        return self
+
+
+class ZeroPurPreset(Strict):
+    """ZeroPur (Algorithms 1 and 2): coarse shifting, then fine alignment where `fine_steps` is not 0."""
+
+    blur: BlurSpec
+    eps: PositiveFloat = 10 / 255
+    coarse_steps: PositiveInt = 10
+    coarse_step_size: PositiveFloat = 1 / 255
+    momentum: NonNegativeFloat = 1.0
+    """Momentum on the l1-normalized gradient; 0 is the paper's plain sign step."""
+    random_start: bool = False
+    fine_steps: Annotated[int, Field(ge=0)] = 50
+    fine_step_size: PositiveFloat = 0.2 / 255
+    fine_layers: tuple[str, ...] = ()
+    projection_weight: PositiveFloat = 1.0
+    perceptual_weight: NonNegativeFloat = 0.0
+    """Weight of the self-LPIPS term; where it is not 0 the projection is divided by its squared length."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.fine_steps and not self.fine_layers:
+            raise ValueError("fine alignment needs fine_layers")
+        return self
+
+
+class ZeroPurSpec(Strict):
+    """ZeroPur has no weights of its own: only presets."""
+
+    default_preset: str
+    presets: dict[str, ZeroPurPreset]
+
+
+class Defenses(Strict):
+    """The defenses that a bundle offers; what is absent is not offered."""
+
+    atop: AtopSpec | None = None
+    aid: AidSpec | None = None
+    zeropur: ZeroPurSpec | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, spec in self.offered().items():
+            if spec.default_preset not in spec.presets:
+                raise ValueError(f"the default preset {spec.default_preset!r} of {name} is not among its presets")
+        return self
+
+    def offered(self) -> dict[str, AtopSpec | AidSpec | ZeroPurSpec]:
+        """Name to spec, of those that are there."""
+        specs = {"atop": self.atop, "aid": self.aid, "zeropur": self.zeropur}
+        return {name: spec for name, spec in specs.items() if spec is not None}
+
+
+class Manifest(Strict):
+    """The content of `bundle.json`."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    version: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]
+    classes: Annotated[tuple[str, ...], Field(min_length=2)]
+    input_size: tuple[PositiveInt, PositiveInt]
+    """Height and width in pixels."""
+    classifier: ClassifierSpec
+    defenses: Defenses
+    default_defense: str
+    provenance: dict[str, object] = {}
+    files: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] = {}
+    """Name to sha256 of every other file of the bundle."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self.resolve(self.default_defense)
+        return self
+
+    @property
+    def aid_threshold(self) -> float | None:
+        """The score below which an image is suspicious; None without AID."""
+        return None if self.defenses.aid is None else self.defenses.aid.threshold
+
+    def resolve(self, defense: str) -> str:
+        """The canonical text of a chain such as `atop:rt3,aid`; raises UnknownDefense."""
+        return (
+            ",".join(
+                name if preset == self._spec(name).default_preset else f"{name}:{preset}"
+                for name, preset in self.chain(defense)
+            )
+            or "none"
+        )
+
+    def chain(self, defense: str) -> list[tuple[str, str]]:
+        """The steps (name, preset) of a chain, left to right; none for `none`. Raises UnknownDefense."""
+        if defense == "none":
+            return []
+        steps = list[tuple[str, str]]()
+        for step in defense.split(","):
+            name, colon, preset = step.partition(":")
+            spec = self._spec(name)
+            preset = preset if colon else spec.default_preset
+            if preset not in spec.presets:
+                raise UnknownDefense(f"defense {name} has the presets {', '.join(spec.presets)}")
+            if name in (known for known, _ in steps):
+                raise UnknownDefense(f"defense {name} stands twice in the chain")
+            steps.append((name, preset))
+        return steps
+
+    def _spec(self, name: str) -> AtopSpec | AidSpec | ZeroPurSpec:
+        offered = self.defenses.offered()
+        if name not in offered:
+            raise UnknownDefense(f"model {self.name} offers the defenses none, {', '.join(offered)}")
+        return offered[name]

@@ -1,0 +1,136 @@
+"""ZeroPur (Liu et al., 2023; Algorithms 1 and 2 with their misprints corrected): purification without training.
+
+Coarse shifting moves an image so that its embedding points where that of its own blurred copy does. Fine
+alignment starts again from the received image and moves its features along the direction that coarse
+shifting found. Everything happens in an l-inf ball around the received image.
+
+Each forward pass ends at the deepest layer that is needed, the features of the received and of the coarse
+image are computed once, in one pass, and gradients go to images only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.blur import blur
+from models.classifiers import Classifier
+from models.gradients import exact_identity, input_gradient, within
+from models.manifest import ZeroPurPreset
+from models.randomness import uniform
+
+
+class ZeroPurPurifier(nn.Module):
+    """ZeroPur on a frozen classifier; the classifier should be in eval mode."""
+
+    def __init__(self, classifier: Classifier, preset: ZeroPurPreset) -> None:
+        super().__init__()
+        self.classifier, self.preset = classifier, preset
+
+    @property
+    def is_random(self) -> bool:
+        return self.preset.random_start
+
+    def forward(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Purified images, same shape, in [0, 1]. `seeds` matter only to a preset with a random start."""
+        received = images.detach()
+        purified = coarse_shifting(self.classifier, received, self.preset, seeds)
+        if self.preset.fine_steps:
+            purified = fine_alignment(self.classifier, received, purified, self.preset)
+        return exact_identity(images, purified)
+
+
+def coarse_shifting(classifier: Classifier, received: Tensor, preset: ZeroPurPreset, seeds: Sequence[int]) -> Tensor:
+    """Algorithm 1: ascend cos(z(x), z(B(x))) through z(x) alone, z being the pooled embedding."""
+    shifted = received
+    if preset.random_start:
+        start = 2 * uniform(seeds, received.shape[1:], received.device) - 1
+        shifted = within(received + preset.eps * start, received, preset.eps)
+    velocity = torch.zeros_like(received)
+    for _ in range(preset.coarse_steps):
+        with torch.no_grad():
+            blurred = classifier.embedding(blur(shifted, preset.blur))
+
+        def similarity(images: Tensor, blurred: Tensor = blurred) -> Tensor:
+            return F.cosine_similarity(classifier.embedding(images), blurred)
+
+        gradient = input_gradient(similarity, shifted)
+        if preset.momentum:
+            velocity = l1_normalized(gradient) + preset.momentum * velocity
+            gradient = velocity
+        shifted = within(shifted + preset.coarse_step_size * gradient.sign(), received, preset.eps)
+    return shifted
+
+
+def fine_alignment(classifier: Classifier, received: Tensor, coarse: Tensor, preset: ZeroPurPreset) -> Tensor:
+    """Algorithm 2: ascend sum_l <f_l(x'') - o_l, d_l>, d_l = f_l(coarse) - o_l, o_l = f_l(received).
+
+    The gradient of that sum is the features' own, weighted by d_l: no loss is ever formed, and o_l drops out.
+    The perceptual term of the later version (`perceptual_weight`) adds the gradient of self-LPIPS.
+    """
+    layers = preset.fine_layers
+    with torch.no_grad():
+        both = classifier.features(torch.cat([received, coarse]), layers)
+    original, target = zip(*(features.chunk(2) for features in both), strict=True)
+    directions = [target_ - original_ for target_, original_ in zip(target, original, strict=True)]
+    if preset.perceptual_weight:
+        directions = [preset.projection_weight * unit_projection(direction) for direction in directions]
+
+    aligned = received
+    for _ in range(preset.fine_steps):
+        if preset.perceptual_weight:
+            gradient = _perceptual_gradient(classifier, aligned, original, directions, preset)
+        else:
+            gradient = input_gradient(lambda images: classifier.features(images, layers), aligned, directions)
+        aligned = within(aligned + preset.fine_step_size * gradient.sign(), received, preset.eps)
+    return aligned
+
+
+def _perceptual_gradient(
+    classifier: Classifier,
+    aligned: Tensor,
+    original: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    preset: ZeroPurPreset,
+) -> Tensor:
+    """The gradient of the weighted projection minus the weighted self-LPIPS distance to the received image."""
+    reference = lpips_features(original)
+
+    def objective(images: Tensor) -> Tensor:
+        features = classifier.features(images, preset.fine_layers)
+        projection = torch.stack([dot(f, d) for f, d in zip(features, directions, strict=True)]).sum(0)
+        distance = safe_norm(lpips_features(features) - reference)
+        return projection - preset.perceptual_weight * distance
+
+    return input_gradient(objective, aligned)
+
+
+def lpips_features(features: Sequence[Tensor]) -> Tensor:
+    """Every layer divided by its channel norm and by sqrt(H * W), flattened and joined, (N, D)."""
+    parts = [F.normalize(layer, dim=1).flatten(1) / layer[0, 0].numel() ** 0.5 for layer in features]
+    return torch.cat(parts, dim=1)
+
+
+def safe_norm(vectors: Tensor) -> Tensor:
+    """The l2 norm of each row, whose gradient at zero (the first step, where x'' = x) is zero."""
+    squares = vectors.square().sum(1)
+    return torch.where(squares > 0, squares, 1.0).sqrt() * (squares > 0)
+
+
+def dot(features: Tensor, directions: Tensor) -> Tensor:
+    """Inner product over all features of one image, (N,)."""
+    return (features * directions).flatten(1).sum(1)
+
+
+def unit_projection(direction: Tensor) -> Tensor:
+    """d / |d|^2 per image, as in the intermediate-level attack, so that layers and images weigh alike."""
+    squares = dot(direction, direction).clamp(min=1e-12)
+    return direction / squares.view(-1, *([1] * (direction.dim() - 1)))
+
+
+def l1_normalized(gradient: Tensor) -> Tensor:
+    """Each image's gradient divided by its l1 norm; a zero gradient stays zero."""
+    return gradient / gradient.abs().sum(dim=(1, 2, 3), keepdim=True).clamp(min=torch.finfo(gradient.dtype).tiny)

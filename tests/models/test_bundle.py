@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from models import Bundle, BundleError, UnknownDefense, load_bundle, save_bundle, write_report
+from models.aid import AidDiscriminator, tap_channels
+from models.atop import build_inpainter
+from models.classifiers import build_classifier
+from models.manifest import AtopPreset, ClassifierSpec, Manifest
+from tests.networks import tiny_bundle, tiny_manifest, zeropur_preset
+
+SIZE = 32
+
+
+def real_manifest() -> Manifest:
+    """Like the tiny one, with an architecture that has a name."""
+    manifest = tiny_manifest()
+    specs = manifest.defenses
+    assert specs.atop is not None
+    assert specs.aid is not None
+    assert specs.zeropur is not None
+    presets = {"rt2": AtopPreset(transform="rt2", working_size=SIZE, sigma=0.1)}
+    layers = ("stage2", "stage3")
+    defenses = specs.model_copy(
+        update={
+            "atop": specs.atop.model_copy(update={"presets": presets}),
+            "aid": specs.aid.model_copy(update={"taps": ("stem", "stage2")}),
+            "zeropur": specs.zeropur.model_copy(update={"presets": {"code": zeropur_preset(fine_layers=layers)}}),
+        }
+    )
+    changes = {"input_size": (SIZE, SIZE), "classifier": ClassifierSpec(architecture="wrn-16-2"), "defenses": defenses}
+    return manifest.model_copy(update=changes)
+
+
+def real_bundle() -> Bundle:
+    torch.manual_seed(0)
+    manifest = real_manifest()
+    classifier = build_classifier("wrn-16-2", num_classes=4, input_size=SIZE, mean=(0.5, 0.4, 0.3)).eval()
+    assert manifest.defenses.atop is not None
+    assert manifest.defenses.aid is not None
+    channels = tap_channels(classifier, manifest.defenses.aid.taps, (SIZE, SIZE))
+    return Bundle(
+        manifest,
+        classifier,
+        inpainter=build_inpainter(manifest.defenses.atop.inpainter),
+        discriminator=AidDiscriminator(manifest.defenses.aid, channels),
+    )
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    save_bundle(real_bundle(), tmp_path / "tiny" / "1")
+    return tmp_path / "tiny" / "1"
+
+
+def test_a_saved_bundle_answers_like_the_one_that_was_saved(saved: Path) -> None:
+    original, loaded = real_bundle(), load_bundle(saved)
+    images = torch.rand(3, 3, SIZE, SIZE)
+
+    assert loaded.classes == ("a", "b", "c", "d")
+    assert loaded.input_size == (SIZE, SIZE)
+    assert loaded.default_defense == "atop"
+    assert len(loaded.digest) == 64
+    for defense in ("none", "atop"):  # weights are stored in half precision
+        assert torch.allclose(
+            loaded.defended(defense, seed=0)(images), original.defended(defense, seed=0)(images), atol=2e-2
+        )
+    assert torch.allclose(loaded.aid_score(images), original.aid_score(images), atol=1e-2)
+
+
+def test_the_weights_on_disk_are_half_precision_safetensors(saved: Path) -> None:
+    files = {path.name for path in saved.iterdir()}
+    tensors = safetensors.torch.load_file(saved / "classifier.safetensors")
+
+    assert files == {"bundle.json", "classifier.safetensors", "atop.safetensors", "aid.safetensors"}
+    assert all(value.dtype == torch.float16 for value in tensors.values() if value.is_floating_point())
+
+
+def test_a_loaded_bundle_is_frozen_and_in_eval_mode(saved: Path) -> None:
+    bundle = load_bundle(saved)
+
+    for part in (bundle.classifier, bundle.inpainter, bundle.discriminator):
+        assert part is not None
+        assert not part.training
+        assert not any(parameter.requires_grad for parameter in part.parameters())
+
+
+def test_the_python_interface_of_the_contract() -> None:
+    bundle, images = tiny_bundle(), torch.rand(5, 3, 16, 16)
+
+    assert bundle.classifier(images).shape == (5, 4)
+    assert isinstance(bundle.defended("atop", votes=2, seed=1), torch.nn.Module)
+    purified = bundle.purify("zeropur:coarse", images, seed=0)
+    assert purified.shape == images.shape
+    assert not torch.equal(purified, images)
+    assert bundle.aid_score(images).shape == (5,)
+    assert torch.equal(bundle.purify("none", images), images)
+    assert torch.allclose(bundle.probabilities("none", images), bundle.classifier(images).softmax(1))
+    with pytest.raises(UnknownDefense):
+        bundle.defended("magic")
+
+
+def test_serving_calls_keep_no_gradient_even_of_weights_that_ask_for_one() -> None:
+    bundle, images = tiny_bundle(), torch.rand(2, 3, 16, 16)
+    bundle.classifier.requires_grad_(True)
+
+    for defense in ("none", "atop", "aid", "zeropur"):
+        assert not bundle.purify(defense, images, seed=0).requires_grad
+        assert not bundle.probabilities(defense, images, seed=0).requires_grad
+    assert not bundle.aid_score(images).requires_grad
+    assert all(parameter.grad is None for parameter in bundle.classifier.parameters())
+
+
+def test_a_version_once_written_does_not_change(saved: Path) -> None:
+    with pytest.raises(BundleError, match="already holds a bundle"):
+        save_bundle(real_bundle(), saved)
+
+
+def test_a_report_joins_the_bundle_and_its_hashes(saved: Path) -> None:
+    before = load_bundle(saved)
+    write_report(saved, {"undefended": {"standard": 1}})
+    after = load_bundle(saved)
+
+    assert before.report == {}
+    assert after.report == {"undefended": {"standard": 1}}
+    assert before.digest != after.digest
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def truncate_and_rehash(bundle: Path) -> None:
+    truncate(bundle / "atop.safetensors")
+    rehash(bundle, "atop.safetensors")
+
+
+def rehash(bundle: Path, name: str) -> None:
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    manifest["files"][name] = hashlib.sha256((bundle / name).read_bytes()).hexdigest()
+    (bundle / "bundle.json").write_text(json.dumps(manifest))
+
+
+def change_tensor(bundle: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Alter the classifier's weights and make the hash right again."""
+    path = bundle / "classifier.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    change(tensors)
+    safetensors.torch.save_file(tensors, path)
+    rehash(bundle, path.name)
+
+
+def set_field(bundle: Path, **fields: object) -> None:
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    (bundle / "bundle.json").write_text(json.dumps({**manifest, **fields}))
+
+
+def huge_header(bundle: Path) -> None:
+    path = bundle / "aid.safetensors"
+    path.write_bytes((10 * 1024**3).to_bytes(8, "little") + b"{}")
+    rehash(bundle, path.name)
+
+
+def link_outside(bundle: Path) -> None:
+    path = bundle / "aid.safetensors"
+    path.rename(bundle.parent / "elsewhere")
+    os.symlink(bundle.parent / "elsewhere", path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda b: (b / "bundle.json").unlink(), "bundle.json: cannot be read"),
+        (lambda b: (b / "bundle.json").write_text("{"), "bundle.json: content: Invalid JSON"),
+        (lambda b: (b / "bundle.json").write_bytes(b" " * 5_000_000), "bundle.json: larger than"),
+        (lambda b: set_field(b, schema_version=2), "bundle.json: schema_version"),
+        (lambda b: set_field(b, classifier={"architecture": "magic"}), "bundle.json: unknown architecture 'magic'"),
+        (lambda b: set_field(b, classes=["a", "b", "c"]), "classifier.safetensors: stages.head.* is"),
+        (lambda b: set_field(b, input_size=[32, 48]), "bundle.json: input_size: .*square"),
+        (lambda b: (b / "atop.safetensors").unlink(), "atop.safetensors: missing"),
+        (lambda b: truncate(b / "atop.safetensors"), "atop.safetensors: its sha256 is not the one"),
+        (truncate_and_rehash, "not a whole safetensors file"),
+        (huge_header, "aid.safetensors: not a whole safetensors file"),
+        (link_outside, "aid.safetensors: missing, or not a plain file"),
+        (lambda b: change_tensor(b, lambda t: t["stages.stem.weight"].fill_(float("nan"))), "not finite"),
+        (lambda b: change_tensor(b, lambda t: t.pop("stages.stem.weight")), "tensors missing or unexpected"),
+        (
+            lambda b: change_tensor(b, lambda t: t.update({"stages.stem.weight": torch.zeros(1)})),
+            r"stages.stem.weight is \(1,\), not \(16, 3, 3, 3\)",
+        ),
+    ],
+)
+def test_a_damaged_bundle_is_refused_by_name(saved: Path, damage: Callable[[Path], object], reason: str) -> None:
+    damage(saved)
+
+    with pytest.raises(BundleError, match=reason):
+        load_bundle(saved)
+
+
+class Boom:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (os._exit, (66,))
+
+
+def test_a_pickle_in_the_place_of_weights_is_never_opened(saved: Path) -> None:
+    (saved / "classifier.safetensors").write_bytes(pickle.dumps(Boom()))
+    rehash(saved, "classifier.safetensors")
+
+    with pytest.raises(BundleError, match=r"classifier.safetensors: not a whole safetensors file"):
+        load_bundle(saved)

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from pydantic import ValidationError
+
+from models.manifest import (
+    AtopPreset,
+    BlurSpec,
+    Defenses,
+    Manifest,
+    UnknownDefense,
+    ZeroPurPreset,
+)
+from tests.networks import tiny_manifest
+
+
+@pytest.mark.parametrize(
+    ("asked", "canonical", "chain"),
+    [
+        ("none", "none", []),
+        ("atop", "atop", [("atop", "rt2")]),
+        ("atop:rt2", "atop", [("atop", "rt2")]),
+        ("atop:rt3", "atop:rt3", [("atop", "rt3")]),
+        ("zeropur:coarse", "zeropur:coarse", [("zeropur", "coarse")]),
+        ("atop,aid", "atop,aid", [("atop", "rt2"), ("aid", "code")]),
+        ("aid,atop:rt1", "aid,atop:rt1", [("aid", "code"), ("atop", "rt1")]),
+    ],
+)
+def test_chains_resolve_to_names_and_presets(asked: str, canonical: str, chain: list[tuple[str, str]]) -> None:
+    manifest = tiny_manifest()
+
+    assert manifest.chain(asked) == chain
+    assert manifest.resolve(asked) == canonical
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ("", "offers the defenses none, atop, aid, zeropur"),
+        ("magic", "offers the defenses none, atop, aid, zeropur"),
+        ("none,atop", "offers the defenses"),
+        ("atop,", "offers the defenses"),
+        ("atop:rt9", "defense atop has the presets rt1, rt2, rt3"),
+        ("atop:", "defense atop has the presets"),
+        ("atop,aid,atop:rt1", "defense atop stands twice"),
+        (" atop", "offers the defenses"),
+    ],
+)
+def test_what_a_bundle_does_not_offer_is_refused_with_what_it_does(asked: str, reason: str) -> None:
+    with pytest.raises(UnknownDefense, match=reason):
+        tiny_manifest().resolve(asked)
+
+
+def test_it_survives_json_whole() -> None:
+    manifest = tiny_manifest()
+
+    assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schema_version": 2},
+        {"name": "../etc"},
+        {"version": "0"},
+        {"version": "latest"},
+        {"classes": ["one"]},
+        {"input_size": [0, 32]},
+        {"default_defense": "magic"},
+        {"files": {"weights": "abc"}},
+        {"unknown_field": 1},
+    ],
+)
+def test_a_manifest_that_says_something_impossible_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises((ValidationError, UnknownDefense)):
+        Manifest.model_validate({**tiny_manifest().model_dump(mode="json"), **change})
+
+
+def test_a_default_preset_must_exist() -> None:
+    defenses = tiny_manifest().defenses.model_dump(mode="json")
+    defenses["atop"]["default_preset"] = "rt9"
+
+    with pytest.raises(ValidationError, match="not among its presets"):
+        Defenses.model_validate(defenses)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"transform": "rt2", "working_size": 30, "sigma": 0.1}, "multiple of cells_per_side"),
+        ({"transform": "rt1", "working_size": 32, "sigma": 0.1}, "adds no noise"),
+        ({"transform": "rt3", "working_size": 32, "sigma": 0.1, "mask_ratio": 0.3}, "equal passes"),
+        ({"transform": "rt2", "working_size": 32, "sigma": -1}, "greater than or equal to 0"),
+        ({"transform": "rt4", "working_size": 32, "sigma": 0}, "rt1"),
+    ],
+)
+def test_impossible_transforms_are_refused(settings: dict[str, object], reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        AtopPreset.model_validate(settings)
+
+
+def test_impossible_blurs_and_alignments_are_refused() -> None:
+    with pytest.raises(ValidationError, match="odd whole side"):
+        BlurSpec(kind="median", size=4)
+    with pytest.raises(ValidationError, match="odd whole side"):
+        BlurSpec(kind="median", size=2.5)
+    with pytest.raises(ValidationError, match="needs fine_layers"):
+        ZeroPurPreset(blur=BlurSpec(kind="median", size=3))
+
+
+def test_without_aid_there_is_no_threshold() -> None:
+    manifest = tiny_manifest()
+    without = manifest.model_copy(update={"defenses": manifest.defenses.model_copy(update={"aid": None})})
+
+    assert manifest.aid_threshold == 0.5
+    assert without.aid_threshold is None
+
+
+def test_the_schema_reads_without_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; import models.manifest"
+
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,89 @@
+"""Tiny networks for tests: smooth, seeded, quick, behind the real protocol."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from models.aid import Aid, AidDiscriminator, tap_channels
+from models.bundle import Bundle
+from models.classifiers import Classifier
+from models.manifest import (
+    AidPreset,
+    AidSpec,
+    AtopPreset,
+    AtopSpec,
+    BlurSpec,
+    ClassifierSpec,
+    Defenses,
+    InpainterSpec,
+    Manifest,
+    ZeroPurPreset,
+    ZeroPurSpec,
+)
+from models.unet import UNet
+
+SIZE = 16
+
+
+def tiny_classifier(num_classes: int = 4, seed: int = 0) -> Classifier:
+    """Two smooth convolutions, average pooling and a linear head; frozen, in eval mode."""
+    torch.manual_seed(seed)
+    stages: dict[str, nn.Module] = {
+        "stage1": nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.GELU()),
+        "stage2": nn.Sequential(nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.GELU()),
+        "pool": nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        "head": nn.Linear(8, num_classes),
+    }
+    return Classifier(stages).eval().requires_grad_(False)
+
+
+def tiny_aid_spec(layout: str = "code") -> AidSpec:
+    return AidSpec.model_validate({"layout": layout, "taps": ("stage1", "stage2"), "width": 8})
+
+
+def tiny_aid(classifier: Classifier, layout: str = "code") -> Aid:
+    spec = tiny_aid_spec(layout)
+    discriminator = AidDiscriminator(spec, tap_channels(classifier, spec.taps, (SIZE, SIZE)))
+    return Aid(classifier, discriminator.eval().requires_grad_(False), spec.taps)
+
+
+def zeropur_preset(**changes: object) -> ZeroPurPreset:
+    settings = {"blur": BlurSpec(kind="gaussian", size=0.8), "fine_layers": ("stage1", "stage2"), "fine_steps": 5}
+    return ZeroPurPreset.model_validate({**settings, **changes})
+
+
+def tiny_unet(seed: int = 0) -> UNet:
+    """A U-Net whose every weight is random, so that it changes images."""
+    net, generator = UNet(width=4), torch.Generator().manual_seed(seed)
+    for parameter in net.parameters():
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    return net.requires_grad_(False)
+
+
+def tiny_manifest() -> Manifest:
+    atop = {
+        "rt1": AtopPreset(transform="rt1", working_size=SIZE, sigma=0),
+        "rt2": AtopPreset(transform="rt2", working_size=SIZE, sigma=0.1),
+        "rt3": AtopPreset(transform="rt3", working_size=SIZE, sigma=0.1),
+    }
+    zeropur = {"code": zeropur_preset(), "coarse": zeropur_preset(fine_steps=0)}
+    return Manifest(
+        name="tiny",
+        version="1",
+        classes=("a", "b", "c", "d"),
+        input_size=(SIZE, SIZE),
+        classifier=ClassifierSpec(architecture="tiny"),
+        defenses=Defenses(
+            atop=AtopSpec(inpainter=InpainterSpec(architecture="unet", width=4), default_preset="rt2", presets=atop),
+            aid=tiny_aid_spec().model_copy(update={"presets": {"code": AidPreset(steps=3)}}),
+            zeropur=ZeroPurSpec(default_preset="code", presets=zeropur),
+        ),
+        default_defense="atop",
+    )
+
+
+def tiny_bundle() -> Bundle:
+    """A bundle of tiny networks with every defense; its architecture has no name, so it cannot be loaded again."""
+    classifier = tiny_classifier()
+    return Bundle(tiny_manifest(), classifier, inpainter=tiny_unet(), discriminator=tiny_aid(classifier).discriminator)
