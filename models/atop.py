@@ -46,18 +46,10 @@ class AtopPurifier(nn.Module):
         return self.shrink(restored.clamp(0, 1), images.shape[-2:])
 
     def draw_masks(self, seeds: Sequence[int], device: torch.device) -> list[Tensor]:
-        """The preset's masks: one, or for RT3 the 1 / mask_ratio that partition the cells."""
+        """The preset's masks: one, or those of RT3 that partition the cells."""
         preset = self.preset
-        cells = preset.cells_per_side**2
-        passes = cells // transforms.hidden_cell_counts(cells, preset.mask_ratio) if preset.transform == "rt3" else 1
-        return transforms.draw_masks(
-            seeds,
-            size=preset.working_size,
-            cells_per_side=preset.cells_per_side,
-            mask_ratio=preset.mask_ratio,
-            passes=passes,
-            device=device,
-        )
+        orders = transforms.draw_cell_orders(seeds, cells=preset.cells_per_side**2, device=device)
+        return transforms.cell_masks(orders, hidden=preset.hidden_cells, size=preset.working_size, passes=preset.passes)
 
     def noisy(self, enlarged: Tensor, seeds: Sequence[int]) -> Tensor:
         """Images at the working size plus the preset's noise; RT3's passes share it."""

@@ -79,7 +79,7 @@ class Bundle:
         Raises UnknownDefense for a chain that the bundle does not offer.
         """
         chain = [self._purifier(name, preset) for name, preset in self.manifest.chain(defense)]
-        return DefendedClassifier(self.classifier, chain, votes=votes, seed=seed)
+        return DefendedClassifier(self.classifier, chain, votes=votes, seed=seed).eval()
 
     def _purifier(self, name: str, preset: str) -> Purifier:
         spec = self.manifest.defenses.offered()[name]
@@ -137,7 +137,7 @@ def load_bundle(directory: str | Path, device: str | torch.device = "cpu") -> Bu
         parts["classifier"],  # type: ignore[arg-type]
         inpainter=parts.get("atop"),
         discriminator=parts.get("aid"),  # type: ignore[arg-type]
-        report=json.loads(_read_json_bytes(directory, REPORT)) if REPORT in manifest.files else None,
+        report=_read_report(directory) if REPORT in manifest.files else None,
         digest=hashlib.sha256(manifest_bytes).hexdigest(),
     )
 
@@ -239,6 +239,17 @@ def _read_json_bytes(directory: Path, name: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise BundleError(f"{name}: cannot be read ({error.strerror})") from error
+
+
+def _read_report(directory: Path) -> dict[str, object]:
+    content = _read_json_bytes(directory, REPORT)
+    try:
+        report = json.loads(content)
+    except ValueError as error:
+        raise BundleError(f"{REPORT}: not JSON") from error
+    if not isinstance(report, dict):
+        raise BundleError(f"{REPORT}: not a JSON object")
+    return report
 
 
 def _sha256(path: Path) -> str:

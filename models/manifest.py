@@ -39,6 +39,17 @@ class InpainterSpec(Strict):
     space_to_depth: PositiveInt = 1
     """Side of the pixel blocks that the U-Net folds into channels, so that a large working image stays cheap."""
 
+    @property
+    def size_multiple(self) -> int:
+        """What the working size must be divisible by."""
+        return 8 if self.architecture == "deepfill" else 4 * self.space_to_depth
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.architecture == "deepfill" and self.space_to_depth != 1:
+            raise ValueError("deepfill has no space_to_depth")
+        return self
+
 
 class AtopPreset(Strict):
     """AToP's random transform (§3.2): theta_t = (sigma, r, N) at a working size."""
@@ -52,12 +63,21 @@ class AtopPreset(Strict):
     """Share of the cells that are hidden; rt3 takes 1 / mask_ratio passes that hide each cell once."""
     cells_per_side: PositiveInt = 8
 
+    @property
+    def hidden_cells(self) -> int:
+        """How many cells a pass hides: exactly floor(ratio * cells), not that many on average."""
+        return int(self.mask_ratio * self.cells_per_side**2)
+
+    @property
+    def passes(self) -> int:
+        """How often the in-painter runs: once, or for rt3 until every cell has been hidden."""
+        return self.cells_per_side**2 // self.hidden_cells if self.transform == "rt3" else 1
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.working_size % self.cells_per_side:
             raise ValueError("working_size must be a multiple of cells_per_side")
-        hidden = int(self.mask_ratio * self.cells_per_side**2)
-        if self.transform == "rt3" and (hidden == 0 or self.cells_per_side**2 % hidden):
+        if self.transform == "rt3" and (self.hidden_cells == 0 or self.cells_per_side**2 % self.hidden_cells):
             raise ValueError("rt3 needs a mask_ratio that divides the cells into equal passes")
         if self.transform == "rt1" and self.sigma:
             raise ValueError("rt1 adds no noise: sigma must be 0")
@@ -71,6 +91,13 @@ class AtopSpec(Strict):
     default_preset: str
     presets: dict[str, AtopPreset]
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, preset in self.presets.items():
+            if preset.working_size % self.inpainter.size_multiple:
+                raise ValueError(f"{name}: this in-painter needs a multiple of {self.inpainter.size_multiple} pixels")
+        return self
+
 
 class AidPreset(Strict):
     """AID's iterative purification (Algorithm 2)."""
@@ -81,15 +108,15 @@ class AidPreset(Strict):
 
 
 class AidSpec(Strict):
-    """AID's discriminator (§2.3 of the paper's supplement) and its purification presets."""
+    """AID's discriminator (Table 4 of the paper, or the layout of its released code) and its purification presets."""
 
     layout: Literal["code", "paper"] = "code"
     taps: tuple[str, str]
     width: PositiveInt = 1024
     tap_layers: PositiveInt = 2
     """Hidden layers of each tap's own branch."""
-    joint_layers: PositiveInt = 3
-    """Hidden layers after both branches are joined; the paper layout has 2."""
+    joint_layers: PositiveInt = Field(default_factory=lambda fields: 3 if fields["layout"] == "code" else 2)
+    """Hidden layers after both branches are joined."""
     default_preset: str = "code"
     presets: dict[str, AidPreset] = {"code": AidPreset()}
     threshold: Fraction = 0.5
@@ -122,9 +149,10 @@ class ZeroPurPreset(Strict):
     fine_steps: Annotated[int, Field(ge=0)] = 50
     fine_step_size: PositiveFloat = 0.2 / 255
     fine_layers: tuple[str, ...] = ()
-    projection_weight: PositiveFloat = 1.0
     perceptual_weight: NonNegativeFloat = 0.0
     """Weight of the self-LPIPS term; where it is not 0 the projection is divided by its squared length."""
+    projection_weight: PositiveFloat = 1.0
+    """Weight of the projection beside that term; alone its scale means nothing, since steps are signs."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -179,6 +207,9 @@ class Manifest(Strict):
     @model_validator(mode="after")
     def _check(self) -> Self:
         self.resolve(self.default_defense)
+        atop = self.defenses.atop
+        if atop and any(preset.working_size < max(self.input_size) for preset in atop.presets.values()):
+            raise ValueError("the working_size of atop is smaller than the input")
         return self
 
     @property
@@ -211,6 +242,18 @@ class Manifest(Strict):
                 raise UnknownDefense(f"defense {name} stands twice in the chain")
             steps.append((name, preset))
         return steps
+
+    def is_random(self, defense: str) -> bool:
+        """Whether the chain draws anything, so that its answer depends on a seed. Raises UnknownDefense."""
+        return any(self._draws(name, preset) for name, preset in self.chain(defense))
+
+    def _draws(self, name: str, preset: str) -> bool:
+        match self._spec(name):
+            case AtopSpec():
+                return True
+            case ZeroPurSpec(presets=presets):
+                return presets[preset].random_start
+        return False
 
     def _spec(self, name: str) -> AtopSpec | AidSpec | ZeroPurSpec:
         offered = self.defenses.offered()

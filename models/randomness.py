@@ -16,7 +16,7 @@ SEED_LIMIT = 2**64
 
 
 def derive_seed(seed: int, *path: int | str) -> int:
-    """A new seed in [0, 2**64) for one use of `seed`, named by `path`: independent uses never share draws.
+    """A new seed in [0, 2**64) for one use of `seed`, named by `path`: different uses have unrelated draws.
 
     Raises ValueError for a seed outside [0, 2**64).
     """

@@ -6,6 +6,7 @@ A mask is float32 (N, 1, P, P) and 1 where a pixel is missing: one minus the pap
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -26,21 +27,17 @@ def add_noise(images: Tensor, noise: Tensor, sigma: float) -> Tensor:
     return (images + sigma * noise).clamp(0, 1)
 
 
-def hidden_cell_counts(cells: int, mask_ratio: float) -> int:
-    """How many of `cells` a mask hides: exactly floor(ratio * cells), not that many on average."""
-    return int(mask_ratio * cells)
+def cell_masks(orders: Tensor, *, hidden: int, size: int, passes: int = 1) -> list[Tensor]:
+    """`passes` masks (N, 1, P, P) that hide disjoint sets of `hidden` square cells each.
 
-
-def cell_masks(orders: Tensor, cells_per_side: int, size: int, mask_ratio: float, passes: int = 1) -> list[Tensor]:
-    """`passes` masks (N, 1, P, P) that hide disjoint sets of floor(ratio * cells) square cells.
-
-    `orders` are permutations (N, cells_per_side**2); pass i hides the cells that stand in its i-th part. With
-    RT3's 1 / ratio passes the masks add up to one everywhere. Raises ValueError if the cells do not suffice.
+    `orders` are permutations (N, side**2) of the cells; pass i hides those that stand in its i-th part. Where
+    hidden * passes is the number of cells (RT3), the masks add up to one everywhere. Raises ValueError if the cells
+    do not suffice.
     """
-    cells = cells_per_side**2
-    hidden = hidden_cell_counts(cells, mask_ratio)
+    cells = orders.shape[1]
     if hidden * passes > cells:
         raise ValueError(f"{passes} disjoint masks of {hidden} cells need more than {cells} cells")
+    cells_per_side = math.isqrt(cells)
     side = size // cells_per_side
     masks = list[Tensor]()
     for index in range(passes):
@@ -51,12 +48,9 @@ def cell_masks(orders: Tensor, cells_per_side: int, size: int, mask_ratio: float
     return masks
 
 
-def draw_masks(
-    seeds: Sequence[int], *, size: int, cells_per_side: int, mask_ratio: float, passes: int, device: torch.device
-) -> list[Tensor]:
-    """Masks whose hidden cells are drawn per image from its own seed; see `cell_masks`."""
-    orders = permutations(seeds, cells_per_side**2, device)
-    return cell_masks(orders, cells_per_side, size, mask_ratio, passes)
+def draw_cell_orders(seeds: Sequence[int], *, cells: int, device: torch.device) -> Tensor:
+    """Permutations of the cells, int64 (N, cells), drawn per image from its own seed."""
+    return permutations(seeds, cells, device)
 
 
 def draw_noise(seeds: Sequence[int], *, size: int, device: torch.device) -> Tensor:

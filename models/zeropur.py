@@ -78,11 +78,12 @@ def fine_alignment(classifier: Classifier, received: Tensor, coarse: Tensor, pre
     directions = [target_ - original_ for target_, original_ in zip(target, original, strict=True)]
     if preset.perceptual_weight:
         directions = [preset.projection_weight * unit_projection(direction) for direction in directions]
+        reference = lpips_features(original)
 
     aligned = received
-    for _ in range(preset.fine_steps):
-        if preset.perceptual_weight:
-            gradient = _perceptual_gradient(classifier, aligned, original, directions, preset)
+    for step in range(preset.fine_steps):
+        if preset.perceptual_weight and step > 0:  # at step 0, x'' = x: the distance and its gradient are zero
+            gradient = _perceptual_gradient(classifier, aligned, reference, directions, preset)
         else:
             gradient = input_gradient(lambda images: classifier.features(images, layers), aligned, directions)
         aligned = within(aligned + preset.fine_step_size * gradient.sign(), received, preset.eps)
@@ -92,17 +93,16 @@ def fine_alignment(classifier: Classifier, received: Tensor, coarse: Tensor, pre
 def _perceptual_gradient(
     classifier: Classifier,
     aligned: Tensor,
-    original: Sequence[Tensor],
+    reference: Tensor,
     directions: Sequence[Tensor],
     preset: ZeroPurPreset,
 ) -> Tensor:
     """The gradient of the weighted projection minus the weighted self-LPIPS distance to the received image."""
-    reference = lpips_features(original)
 
     def objective(images: Tensor) -> Tensor:
         features = classifier.features(images, preset.fine_layers)
         projection = torch.stack([dot(f, d) for f, d in zip(features, directions, strict=True)]).sum(0)
-        distance = safe_norm(lpips_features(features) - reference)
+        distance: Tensor = (lpips_features(features) - reference).norm(dim=1)
         return projection - preset.perceptual_weight * distance
 
     return input_gradient(objective, aligned)
@@ -112,12 +112,6 @@ def lpips_features(features: Sequence[Tensor]) -> Tensor:
     """Every layer divided by its channel norm and by sqrt(H * W), flattened and joined, (N, D)."""
     parts = [F.normalize(layer, dim=1).flatten(1) / layer[0, 0].numel() ** 0.5 for layer in features]
     return torch.cat(parts, dim=1)
-
-
-def safe_norm(vectors: Tensor) -> Tensor:
-    """The l2 norm of each row, whose gradient at zero (the first step, where x'' = x) is zero."""
-    squares = vectors.square().sum(1)
-    return torch.where(squares > 0, squares, 1.0).sqrt() * (squares > 0)
 
 
 def dot(features: Tensor, directions: Tensor) -> Tensor:

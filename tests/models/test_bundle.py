@@ -170,6 +170,11 @@ def huge_header(bundle: Path) -> None:
     rehash(bundle, path.name)
 
 
+def bad_report(bundle: Path) -> None:
+    (bundle / "report.json").write_text("[1, 2]")
+    rehash(bundle, "report.json")
+
+
 def link_outside(bundle: Path) -> None:
     path = bundle / "aid.safetensors"
     path.rename(bundle.parent / "elsewhere")
@@ -185,7 +190,8 @@ def link_outside(bundle: Path) -> None:
         (lambda b: set_field(b, schema_version=2), "bundle.json: schema_version"),
         (lambda b: set_field(b, classifier={"architecture": "magic"}), "bundle.json: unknown architecture 'magic'"),
         (lambda b: set_field(b, classes=["a", "b", "c"]), "classifier.safetensors: stages.head.* is"),
-        (lambda b: set_field(b, input_size=[32, 48]), "bundle.json: input_size: .*square"),
+        (lambda b: set_field(b, input_size=[32, 24]), "bundle.json: input_size: .*square"),
+        (bad_report, "report.json: not a JSON object"),
         (lambda b: (b / "atop.safetensors").unlink(), "atop.safetensors: missing"),
         (lambda b: truncate(b / "atop.safetensors"), "atop.safetensors: its sha256 is not the one"),
         (truncate_and_rehash, "not a whole safetensors file"),

@@ -7,9 +7,12 @@ import pytest
 from pydantic import ValidationError
 
 from models.manifest import (
+    AidSpec,
     AtopPreset,
+    AtopSpec,
     BlurSpec,
     Defenses,
+    InpainterSpec,
     Manifest,
     UnknownDefense,
     ZeroPurPreset,
@@ -52,6 +55,29 @@ def test_chains_resolve_to_names_and_presets(asked: str, canonical: str, chain: 
 def test_what_a_bundle_does_not_offer_is_refused_with_what_it_does(asked: str, reason: str) -> None:
     with pytest.raises(UnknownDefense, match=reason):
         tiny_manifest().resolve(asked)
+
+
+@pytest.mark.parametrize(
+    ("defense", "draws"),
+    [
+        ("none", False),
+        ("atop", True),
+        ("atop:rt1", True),
+        ("aid", False),
+        ("zeropur", False),
+        ("zeropur:started", True),
+        ("aid,zeropur:coarse", False),
+        ("aid,zeropur:started", True),
+        ("zeropur,atop", True),
+    ],
+)
+def test_a_chain_is_random_if_one_of_its_steps_draws(defense: str, draws: bool) -> None:
+    manifest = tiny_manifest()
+    assert manifest.defenses.zeropur is not None
+    started = manifest.defenses.zeropur.presets["coarse"].model_copy(update={"random_start": True})
+    manifest.defenses.zeropur.presets["started"] = started
+
+    assert manifest.is_random(defense) is draws
 
 
 def test_it_survives_json_whole() -> None:
@@ -100,6 +126,40 @@ def test_a_default_preset_must_exist() -> None:
 def test_impossible_transforms_are_refused(settings: dict[str, object], reason: str) -> None:
     with pytest.raises(ValidationError, match=reason):
         AtopPreset.model_validate(settings)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "transform", "hidden", "passes"),
+    [(0.25, "rt2", 16, 1), (0.1, "rt2", 6, 1), (0.0, "rt2", 0, 1), (0.25, "rt3", 16, 4), (0.125, "rt3", 8, 8)],
+)
+def test_a_mask_hides_the_floor_of_its_share_and_rt3_hides_every_cell_once(
+    ratio: float, transform: str, hidden: int, passes: int
+) -> None:
+    preset = AtopPreset.model_validate({"transform": transform, "working_size": 32, "sigma": 0.1, "mask_ratio": ratio})
+
+    assert (preset.hidden_cells, preset.passes) == (hidden, passes)
+
+
+def test_working_sizes_must_suit_the_in_painter_and_the_input() -> None:
+    manifest = tiny_manifest().model_dump(mode="json")
+    small = {"transform": "rt2", "working_size": 8, "sigma": 0.1}
+    with pytest.raises(ValidationError, match="smaller than the input"):
+        Manifest.model_validate({**manifest, "defenses": {"atop": atop_spec(small)}})
+    odd = {"transform": "rt2", "working_size": 24, "sigma": 0.1}
+    with pytest.raises(ValidationError, match="needs a multiple of 16 pixels"):
+        AtopSpec.model_validate(atop_spec(odd, space_to_depth=4))
+    with pytest.raises(ValidationError, match="deepfill has no space_to_depth"):
+        InpainterSpec(architecture="deepfill", width=48, space_to_depth=2)
+
+
+def atop_spec(preset: dict[str, object], **inpainter: object) -> dict[str, object]:
+    network = {"architecture": "unet", "width": 4, **inpainter}
+    return {"inpainter": network, "default_preset": "rt2", "presets": {"rt2": preset}}
+
+
+def test_the_joint_layers_of_aid_follow_its_layout() -> None:
+    assert AidSpec(taps=("a", "b")).joint_layers == 3
+    assert AidSpec(taps=("a", "b"), layout="paper").joint_layers == 2
 
 
 def test_impossible_blurs_and_alignments_are_refused() -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.transforms import add_noise, cell_masks, draw_masks, draw_noise, hidden_cell_counts, hide, recombine
+from models.transforms import add_noise, cell_masks, draw_cell_orders, draw_noise, hide, recombine
 
 CPU = torch.device("cpu")
 
@@ -33,24 +33,23 @@ def test_noise_is_scaled_by_sigma_and_clipped_with_the_image() -> None:
     assert noisy.flatten().tolist() == pytest.approx([0.6, 1.0, 0.0])
 
 
-@pytest.mark.parametrize(("ratio", "expected"), [(0.25, 16), (0.1, 6), (0.0, 0), (1.0, 64)])
-def test_the_number_of_hidden_cells_is_exact(ratio: float, expected: int) -> None:
-    assert hidden_cell_counts(64, ratio) == expected
-    (mask,) = cell_masks(orders(5), cells_per_side=8, size=32, mask_ratio=ratio)
+@pytest.mark.parametrize("hidden", [16, 6, 0, 64])
+def test_the_number_of_hidden_cells_is_exact(hidden: int) -> None:
+    (mask,) = cell_masks(orders(5), hidden=hidden, size=32)
 
     assert mask.shape == (5, 1, 32, 32)
-    assert mask.sum(dim=(1, 2, 3)).tolist() == [expected * 16.0] * 5
+    assert mask.sum(dim=(1, 2, 3)).tolist() == [hidden * 16.0] * 5
 
 
 def test_masks_hide_whole_square_cells() -> None:
-    (mask,) = cell_masks(orders(3), cells_per_side=8, size=32, mask_ratio=0.25)
+    (mask,) = cell_masks(orders(3), hidden=16, size=32)
     cells = mask.view(3, 8, 4, 8, 4)
 
     assert torch.equal(cells.amin(dim=(2, 4)), cells.amax(dim=(2, 4)))
 
 
 def test_the_passes_of_rt3_hide_every_pixel_exactly_once() -> None:
-    masks = cell_masks(orders(3), cells_per_side=8, size=64, mask_ratio=0.25, passes=4)
+    masks = cell_masks(orders(3), hidden=16, size=64, passes=4)
 
     assert len(masks) == 4
     assert torch.equal(torch.stack(masks).sum(0), torch.ones(3, 1, 64, 64))
@@ -58,11 +57,11 @@ def test_the_passes_of_rt3_hide_every_pixel_exactly_once() -> None:
 
 def test_more_passes_than_cells_are_refused() -> None:
     with pytest.raises(ValueError, match="need more than 64 cells"):
-        cell_masks(orders(1), cells_per_side=8, size=32, mask_ratio=0.25, passes=5)
+        cell_masks(orders(1), hidden=16, size=32, passes=5)
 
 
 def test_recombination_takes_each_pixel_from_the_pass_that_hid_it() -> None:
-    masks = cell_masks(orders(2), cells_per_side=8, size=32, mask_ratio=0.25, passes=4)
+    masks = cell_masks(orders(2), hidden=16, size=32, passes=4)
     filled = [torch.full((2, 3, 32, 32), float(index)) for index in range(4)]
 
     result = recombine(filled, masks)
@@ -72,9 +71,8 @@ def test_recombination_takes_each_pixel_from_the_pass_that_hid_it() -> None:
 
 
 def test_masks_and_noise_of_an_image_do_not_depend_on_its_neighbors() -> None:
-    settings = {"size": 32, "cells_per_side": 8, "mask_ratio": 0.25, "passes": 1, "device": CPU}
-    alone = draw_masks([9], **settings)[0]  # type: ignore[arg-type]
-    batch = draw_masks([1, 9, 3], **settings)[0]  # type: ignore[arg-type]
+    alone = draw_cell_orders([9], cells=64, device=CPU)
+    batch = draw_cell_orders([1, 9, 3], cells=64, device=CPU)
 
     assert torch.equal(batch[1], alone[0])
     assert not torch.equal(batch[0], batch[1])
