@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.fakes import linear_problem, smooth_classifier, weight_of
+from training.attacks import Model, fgsm, foolbox_fgsm, foolbox_pgd, loss_gradient, pgd_linf
+
+
+def our_pgd(model: Model, images: Tensor, labels: Tensor, *, eps: float) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return pgd_linf(model, images, labels, eps=eps, steps=30, step_size=eps / 10, generator=generator)
+
+
+def their_pgd(model: torch.nn.Module, images: Tensor, labels: Tensor, *, eps: float) -> Tensor:
+    return foolbox_pgd(model, images, labels, eps=eps, steps=30, step_size=eps / 10)
+
+
+ATTACKS = [fgsm, our_pgd, foolbox_fgsm, their_pgd]
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_attacks_fool_just_outside_the_margin_and_never_inside(attack: partial[Tensor]) -> None:
+    problem = linear_problem()
+    classifier = problem.classifier.requires_grad_(False)
+    attacked = partial(attack, classifier, problem.images, problem.labels)
+
+    assert (classifier(problem.images).argmax(1) == problem.labels).all()
+    assert (classifier(attacked(eps=0.97 * problem.margin)).argmax(1) == problem.labels).all()
+    assert (classifier(attacked(eps=1.03 * problem.margin)).argmax(1) != problem.labels).all()
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_every_image_stays_in_its_budget_and_in_range(attack: partial[Tensor]) -> None:
+    classifier = smooth_classifier().requires_grad_(False)
+    images = torch.rand(6, 3, 8, 8)
+    images[0], images[1] = 0.0, 1.0  # there is room on one side only
+
+    adversarial = attack(classifier, images, torch.arange(6) % 3, eps=0.1)
+
+    assert adversarial.min() >= 0
+    assert adversarial.max() <= 1
+    distances = (adversarial - images).abs().flatten(1).amax(1)
+    torch.testing.assert_close(distances, torch.full((6,), 0.1))  # used up by every image, by none exceeded
+    assert distances.max() <= 0.1 + 1e-6
+
+
+def test_our_pgd_is_as_strong_as_foolboxs_and_stronger_than_fgsm() -> None:
+    classifier = smooth_classifier().requires_grad_(False)
+    images = torch.rand(64, 3, 8, 8)
+    labels = classifier(images).argmax(1)
+
+    def loss(adversarial: Tensor) -> float:
+        return F.cross_entropy(classifier(adversarial), labels).item()
+
+    ours, theirs = (
+        loss(our_pgd(classifier, images, labels, eps=0.2)),
+        loss(their_pgd(classifier, images, labels, eps=0.2)),
+    )
+    one_step = loss(fgsm(classifier, images, labels, eps=0.2))
+
+    assert loss(images) < one_step < min(ours, theirs)
+    assert ours == pytest.approx(theirs, rel=0.01)
+    assert one_step == pytest.approx(loss(foolbox_fgsm(classifier, images, labels, eps=0.2)))
+
+
+def test_no_steps_leave_a_uniform_draw_from_the_ball_that_the_generator_fixes() -> None:
+    classifier, images = smooth_classifier(), torch.full((4, 3, 16, 16), 0.5)
+    images[3] = 0.05
+    start = partial(pgd_linf, classifier, images, torch.zeros(4, dtype=torch.int64), eps=0.1, steps=0, step_size=0.1)
+
+    drawn = start(generator=torch.Generator().manual_seed(5))
+
+    assert torch.equal(drawn, start(generator=torch.Generator().manual_seed(5)))
+    assert not torch.equal(drawn, start(generator=torch.Generator().manual_seed(6)))
+    assert (drawn - images)[:3].mean().abs() < 0.01
+    assert (drawn - images)[:3].std() == pytest.approx(0.2 / 12**0.5, rel=0.05)  # of a uniform draw over 0.2
+    assert drawn[3].min() >= 0
+    assert drawn[3].mean() == pytest.approx(0.075, abs=0.01)  # the half of the ball that is in [0, 1]
+
+
+def test_the_gradient_is_that_of_each_images_own_loss() -> None:
+    problem = linear_problem(count=2)
+
+    gradient = loss_gradient(problem.classifier, problem.images, problem.labels)
+
+    logits = problem.classifier(problem.images)
+    weight = weight_of(problem.classifier, "stages.head.weight")[1].view(3, 4, 4)
+    surplus = logits.softmax(1)[:, 1] - problem.labels
+    torch.testing.assert_close(gradient, surplus.view(-1, 1, 1, 1) * weight)
+    alone = loss_gradient(problem.classifier, problem.images[:1], problem.labels[:1])
+    torch.testing.assert_close(alone, gradient[:1])
+
+
+@pytest.mark.parametrize("attack", [fgsm, our_pgd])
+def test_no_weight_receives_a_gradient_even_where_gradients_are_off(attack: partial[Tensor]) -> None:
+    problem = linear_problem()
+    with torch.no_grad():
+        adversarial = attack(problem.classifier, problem.images, problem.labels, eps=0.1)
+    assert not torch.equal(adversarial, problem.images)
+    assert not adversarial.requires_grad
+    assert all(weight.grad is None for weight in problem.classifier.parameters())
+
+
+@pytest.mark.parametrize("attack", [foolbox_fgsm, their_pgd])
+def test_foolbox_attacks_frozen_classifiers_only(attack: partial[Tensor]) -> None:
+    problem = linear_problem()
+    with pytest.raises(ValueError, match="must not ask for gradients"):
+        attack(problem.classifier, problem.images, problem.labels, eps=0.1)
+    classifier = problem.classifier.requires_grad_(False)
+    attack(classifier, problem.images, problem.labels, eps=0.1)
+    assert all(weight.grad is None for weight in classifier.parameters())

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.training.tiny import RECIPES, Workshop
+from training.__main__ import RECIPES as KINDS
+from training.__main__ import main, parse
+from training.config import ClassifierRecipe, read_recipe
+from training.data import load_split
+from training.runs import Run
+
+SHIPPED = sorted((Path(__file__).parents[2] / "training" / "recipes").rglob("*.toml"))
+COMMANDS = {
+    "classifier": "train-classifier",
+    "purifier": "pretrain-purifier",
+    "atop": "finetune-atop",
+    "aid": "train-aid",
+    "export": "export",
+    "evaluate": "evaluate",
+}
+CIFAR = Path(__file__).parents[3] / "shared" / "data" / "cifar10"
+
+
+def command_of(recipe: Path) -> str:
+    return COMMANDS[recipe.stem]
+
+
+@pytest.mark.parametrize("recipe", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_dry_run_prints_the_resolved_recipe_and_writes_nothing(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    assert main([command_of(recipe), "--recipe", str(recipe), "--dry-run"]) == 0
+
+    printed = json.loads(capsys.readouterr().out)
+    resolved = KINDS[command_of(recipe)].model_validate(printed)
+    assert resolved == read_recipe(recipe, KINDS[command_of(recipe)])
+    assert printed.keys() == KINDS[command_of(recipe)].model_fields.keys()  # defaults are spelt out
+    assert not any(tmp_path.iterdir())
+
+
+def test_every_command_has_a_shipped_recipe() -> None:
+    assert {command_of(recipe) for recipe in SHIPPED} == set(KINDS)
+
+
+@pytest.mark.parametrize("command", KINDS)
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    assert "--recipe" in said
+    assert "--dry-run" in said
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        [],
+        ["train"],
+        ["train-aid"],
+        ["export", "--recipe", "r.toml", "--data", "elsewhere"],  # it would change nothing
+        ["evaluate", "--recipe", "r.toml", "--runs", "elsewhere"],
+    ],
+)
+def test_a_line_that_cannot_be_meant_is_refused(line: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse(line)
+    assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize("command", KINDS)
+def test_a_wrong_recipe_is_refused_by_file_and_field_and_nothing_is_written(
+    command: str, workshop: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    field = "batch_size" if "batch_size" in RECIPES[command] else "version"
+    before = sorted(workshop.folder.rglob("*"))
+
+    assert workshop.run(command, {field: 0, "surprise": 1}) == 2
+
+    said = capsys.readouterr().err
+    assert f"{command}.toml" in said
+    assert f"  {field}: " in said
+    assert "  surprise: " in said
+    assert [path for path in sorted(workshop.folder.rglob("*")) if path.suffix != ".toml"] == before
+
+
+@pytest.mark.parametrize("source", ["no/such-data-set", "."])
+def test_data_that_is_not_there_is_refused_and_nothing_is_written(
+    source: str, workshop: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = workshop.arguments("train-classifier")
+    line[line.index("--data") + 1] = source
+    assert main(line) == 2
+    assert source in capsys.readouterr().err
+    assert not workshop.runs.exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "missing"), [("finetune-atop", "purifier"), ("train-aid", "classifier"), ("export", "classifier")]
+)
+def test_a_run_that_is_needed_and_missing_is_named(
+    command: str, missing: str, workshop: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert workshop.run(command) == 2
+    assert f"there is no run {missing}" in capsys.readouterr().err
+    assert not workshop.runs.exists()
+    assert not workshop.bundle.exists()
+
+
+def test_a_missing_bundle_is_refused(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    assert workshop.run("evaluate") == 2
+    assert "bundle.json" in capsys.readouterr().err
+
+
+def test_a_training_command_prints_its_summary_as_json(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    assert workshop.run("train-classifier", {"epochs": 0.5, "warmup_epochs": 0}) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((workshop.runs / "classifier" / "summary.json").read_text())
+    assert printed["steps"] == 3
+
+
+def test_a_run_cannot_be_taken_over_by_another_recipe(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = read_recipe(Path(workshop.arguments("train-classifier")[2]), ClassifierRecipe)
+    Run(workshop.runs, recipe).restore({})
+    assert workshop.run("train-classifier", {"lr": 0.1}) == 2
+    assert "belongs to another recipe" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not CIFAR.is_dir(), reason="the CIFAR-10 parquet files are not in ../shared/data/cifar10")
+def test_the_shipped_recipes_read_cifar10() -> None:
+    recipe = next(path for path in SHIPPED if path.stem == "classifier")
+    test = load_split(read_recipe(recipe, ClassifierRecipe, data_source=str(CIFAR)).data, "test")
+    assert test.images.shape[1:] == (3, 32, 32)
+    assert test.classes[3] == "cat"
+    assert len(test) >= 8000
+    assert test.labels.bincount() / len(test) == pytest.approx([0.1] * 10, abs=0.01)

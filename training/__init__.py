@@ -1,0 +1,1 @@
+"""How a defense is made and measured: data, recipes, training, attacks, evaluation, export. Offline."""

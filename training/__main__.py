@@ -1,0 +1,117 @@
+"""`python -m training COMMAND --recipe FILE`: argument parsing, nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models import BundleError, UnknownDefense
+from models.manifest import Strict
+from training.config import (
+    AidRecipe,
+    ClassifierRecipe,
+    EvaluateRecipe,
+    ExportRecipe,
+    FinetuneRecipe,
+    PretrainRecipe,
+    RecipeError,
+    read_recipe,
+)
+from training.data import DataError
+from training.runs import RunError
+
+RECIPES: dict[str, type[Strict]] = {
+    "train-classifier": ClassifierRecipe,
+    "pretrain-purifier": PretrainRecipe,
+    "finetune-atop": FinetuneRecipe,
+    "train-aid": AidRecipe,
+    "evaluate": EvaluateRecipe,
+    "export": ExportRecipe,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status: 2 for a recipe, a run, data or a bundle that cannot be used."""
+    options = parse(arguments)
+    try:
+        recipe = read_recipe(options.recipe, RECIPES[options.command], data_source=options.data)
+        print(recipe.model_dump_json(indent=2) if options.dry_run else run_command(recipe, options))
+    except (RecipeError, RunError, DataError, BundleError, UnknownDefense) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command and its options; a command takes no option that would change nothing."""
+    parser = argparse.ArgumentParser(prog="python -m training", description="Train, measure and export defenses.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, recipe in RECIPES.items():
+        summary = (recipe.__doc__ or "").replace("`", "")
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.add_argument("--recipe", type=Path, required=True, help="a TOML file, see training/recipes/")
+        command.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+        command.set_defaults(data=None)
+        if name != "evaluate":
+            command.add_argument("--runs", type=Path, default=Path("runs"), help="where run directories are")
+        if name != "export":
+            command.add_argument("--data", help="a folder or hub name, instead of the recipe's data.source")
+            command.add_argument("--device", type=torch.device, default=default_device(), help="cpu, cuda or cuda:N")
+        if name == "evaluate":
+            command.add_argument(
+                "--bundle", type=Path, default=Path("models/bundles/cifar10/1"), help="what to evaluate"
+            )
+        if name == "export":
+            command.add_argument("--repository", type=Path, default=Path("models/bundles"), help="where to export to")
+    return parser.parse_args(arguments)
+
+
+def default_device() -> torch.device:
+    """CUDA where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def run_command(recipe: Strict, options: argparse.Namespace) -> str:
+    """Run the command that a recipe is for; returns what to print. Imports only what that command needs."""
+    match recipe:
+        case ExportRecipe():
+            from training.export import export
+
+            return str(export(recipe, options.runs, options.repository))
+        case EvaluateRecipe():
+            from training.evaluate import evaluate, table
+
+            return table(evaluate(recipe, options.bundle, options.device))
+        case _:
+            return json.dumps(train(recipe, options.runs, options.device), indent=2)
+
+
+def train(recipe: Strict, runs: Path, device: torch.device) -> dict[str, Any]:
+    """Run the training command that a recipe is for; returns the run's summary."""
+    match recipe:
+        case ClassifierRecipe():
+            from training.train_classifier import train_classifier
+
+            return train_classifier(recipe, runs, device)
+        case PretrainRecipe():
+            from training.train_purifier import pretrain_purifier
+
+            return pretrain_purifier(recipe, runs, device)
+        case FinetuneRecipe():
+            from training.train_purifier import finetune_atop
+
+            return finetune_atop(recipe, runs, device)
+        case AidRecipe():
+            from training.train_aid import train_aid
+
+            return train_aid(recipe, runs, device)
+    raise TypeError(f"no command for {type(recipe).__name__}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

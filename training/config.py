@@ -1,0 +1,250 @@
+"""Recipes: one frozen model per command, read from TOML and refused whole when anything in it is wrong."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Self, TypeVar
+
+import torch
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from models.classifiers import ARCHITECTURES, Classifier
+from models.manifest import AidPreset, AidSpec, AtopPreset, InpainterSpec, Strict, ZeroPurPreset
+from models.randomness import SEED_LIMIT
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+"""Of a moving average: 1 would never move."""
+Seed = Annotated[int, Field(ge=0, lt=SEED_LIMIT)]
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message names the file and every wrong field."""
+
+
+class DataRecipe(Strict):
+    """Where the images come from: a hub name, a folder of parquet files or an image folder (see `training.data`)."""
+
+    name: str
+    source: str
+    input_size: PositiveInt
+    train_split: str = "train"
+    test_split: str = "test"
+    classes: tuple[str, ...] | None = None
+    """Class names, where the data set itself carries only numbers."""
+
+
+class Recipe(Strict):
+    """What every training command needs. `name` is the run's directory below the runs folder."""
+
+    name: RunName
+    seed: Seed = 0
+    data: DataRecipe
+    batch_size: PositiveInt
+    epochs: PositiveFloat
+    """Passes over the training split; a fraction is allowed."""
+    checkpoint_every_s: PositiveFloat = 60
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    """What convolutions and products are computed in while training; weights and updates stay float32."""
+
+
+class Augmentation(Strict):
+    """Random crops after reflecting `padding` pixels on each side, and horizontal flips."""
+
+    padding: NonNegativeInt = 4
+    flip: bool = True
+
+
+class ClassifierRecipe(Recipe):
+    """`train-classifier`: SGD with Nesterov momentum, linear warm-up, cosine decay, an average of the weights."""
+
+    architecture: str
+    augmentation: Augmentation = Augmentation()
+    lr: PositiveFloat
+    momentum: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    weight_decay: NonNegativeFloat = 5e-4
+    warmup_epochs: NonNegativeFloat = 2
+    label_smoothing: Fraction = 0.0
+    cutmix: Fraction = 0.0
+    """Share of the batches in which a box of every image is replaced by that of another (Yun et al., 2019)."""
+    average_decay: Decay = 0.99
+    """Decay of the exponential moving average of the weights, per step; the average is what is kept."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(f"unknown architecture {self.architecture!r}; known: {sorted(ARCHITECTURES)}")
+        with torch.device("meta"):  # nothing is computed; it raises ValueError if the images are too small
+            ARCHITECTURES[self.architecture](2, self.data.input_size)
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError("warmup_epochs must be smaller than epochs")
+        return self
+
+
+class PurifierRecipe(Recipe):
+    """What the two stages of AToP share: the in-painter, its random transform and its reconstruction losses."""
+
+    inpainter: InpainterSpec
+    transform: AtopPreset
+    augmentation: Augmentation = Augmentation(padding=0)
+    lr: PositiveFloat
+    final_lr_ratio: Fraction = 1.0
+    """The learning rate falls along a cosine to this share of `lr`; 1 keeps it constant, as the paper does."""
+    betas: tuple[Decay, Decay] = (0.5, 0.999)
+    gan_weight: NonNegativeFloat = 1.0
+    """Weight of the generator's adversarial loss; 0 trains without a discriminator."""
+    gan_gradient: bool = True
+    """False reproduces the released fine-tuning, whose GAN term never reaches the purifier."""
+    discriminator_width: PositiveInt = 64
+    average_decay: Decay = 0.0
+    """Decay of an exponential moving average of the purifier's weights, per step; 0 keeps the last weights."""
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        multiple = self.inpainter.size_multiple
+        if self.transform.working_size % multiple:
+            raise ValueError(f"this in-painter needs a transform.working_size that is a multiple of {multiple}")
+        if self.inpainter.architecture == "deepfill" and self.inpainter.width % 4:
+            raise ValueError("the width of a deepfill in-painter is a multiple of 4")
+        return self
+
+
+class PretrainRecipe(PurifierRecipe):
+    """`pretrain-purifier`: learn to in-paint and denoise clean images (AToP §3.2, L_org)."""
+
+
+class FinetuneRecipe(PurifierRecipe):
+    """`finetune-atop`: reconstruction, GAN and classification loss through the frozen classifier (AToP Eq. 9)."""
+
+    classifier_run: RunName
+    purifier_run: RunName
+    """The pre-training run that this one starts from; its in-painter must be the same."""
+    attacked_fraction: Fraction = 1.0
+    """Share of the images that FGSM attacks: 1 is the paper's adversarial variant, 0 its clean variant."""
+    attack_eps: PositiveFloat = 8 / 255
+    reconstruction_target: Literal["clean", "input"] = "clean"
+    """What L1 and the discriminator call real: the clean image, or the purifier's own (attacked) input."""
+    classification_weight: NonNegativeFloat = 0.1
+    """Lambda of Eq. 9."""
+    classification_from_epoch: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> Self:
+        if self.classification_from_epoch >= self.epochs:
+            raise ValueError("classification_from_epoch must be smaller than epochs")
+        return self
+
+
+class AidRecipe(Recipe):
+    """`train-aid`: one epoch of AVmixup against PGD on the frozen classifier (AID Algorithm 1)."""
+
+    classifier_run: RunName
+    discriminator: AidSpec
+    augmentation: Augmentation = Augmentation()
+    lr: PositiveFloat = 0.01
+    momentum: Decay = 0.9
+    weight_decay: NonNegativeFloat = 2e-4
+    attack_eps: PositiveFloat = 8 / 255
+    attack_step_size: PositiveFloat = 1 / 255
+    attack_steps: PositiveInt = 10
+    gamma: PositiveFloat = 1.5
+    """How far the AVmixup vertex lies beyond the adversarial image."""
+    false_positive_rate: Fraction = 0.05
+    """Share of clean training images that the bundle's threshold may call suspicious."""
+
+
+class ExportRecipe(Strict):
+    """`export`: runs on disk become a bundle."""
+
+    name: RunName
+    version: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]
+    classifier_run: RunName
+    atop_run: RunName | None = None
+    atop_presets: dict[str, AtopPreset] = Field(default_factory=dict)
+    atop_default_preset: str = "rt2"
+    aid_run: RunName | None = None
+    aid_presets: dict[str, AidPreset] = Field(default_factory=dict)
+    aid_default_preset: str = "code"
+    zeropur_presets: dict[str, ZeroPurPreset] = Field(default_factory=dict)
+    zeropur_default_preset: str = "code"
+    default_defense: str
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.atop_run is None) != (not self.atop_presets):
+            raise ValueError("atop_run and atop_presets need each other")
+        if (self.aid_run is None) != (not self.aid_presets):
+            raise ValueError("aid_run and aid_presets need each other")
+        for name, presets, default in self._offered():
+            if presets and default not in presets:
+                raise ValueError(f"{name}_default_preset {default!r} is not among the {name}_presets")
+        known = {name for name, presets, _ in self._offered() if presets}
+        known |= {f"{name}:{preset}" for name, presets, _ in self._offered() for preset in presets}
+        if self.default_defense != "none" and not known.issuperset(self.default_defense.split(",")):
+            raise ValueError(f"default_defense {self.default_defense!r} is not among what this bundle offers")
+        return self
+
+    def _offered(self) -> tuple[tuple[str, Mapping[str, object], str], ...]:
+        return (
+            ("atop", self.atop_presets, self.atop_default_preset),
+            ("aid", self.aid_presets, self.aid_default_preset),
+            ("zeropur", self.zeropur_presets, self.zeropur_default_preset),
+        )
+
+
+class EvaluateRecipe(Strict):
+    """`evaluate`: levels L0 (clean) and L1 (grey-box) for a bundle and its defenses."""
+
+    seed: Seed = 0
+    data: DataRecipe
+    defenses: tuple[str, ...]
+    eps: PositiveFloat = 8 / 255
+    clean_images: PositiveInt = 10_000
+    clean_draws: PositiveInt = 5
+    """Random draws over which the standard accuracy of a random defense is averaged."""
+    attacked_images: PositiveInt = 512
+    costly_images: PositiveInt = 512
+    """Images for the defenses that descend at test time (ZeroPur, AID), clean and attacked."""
+    pgd_steps: PositiveInt = 20
+    pgd_step_size: PositiveFloat = 2 / 255
+    batch_size: PositiveInt = 128
+
+
+def refuse_unknown_layers(classifier: Classifier, names: Sequence[str]) -> None:
+    """Raise RecipeError for layers that the classifier does not have."""
+    try:
+        classifier.refuse_unknown(names)
+    except KeyError as error:
+        raise RecipeError(error.args[0]) from error
+
+
+AnyRecipe = TypeVar("AnyRecipe", bound=Strict)
+
+
+def read_recipe(path: Path, kind: type[AnyRecipe], *, data_source: str | None = None) -> AnyRecipe:
+    """Read and validate a TOML recipe; `data_source` takes the place of the recipe's own `data.source`.
+
+    Raises RecipeError for a file that cannot be read, a field that is missing, unknown or out of range, and fields
+    that contradict each other.
+    """
+    try:
+        fields = tomllib.loads(path.read_text())
+        if data_source is not None and isinstance(fields.get("data"), dict):
+            fields["data"]["source"] = data_source
+        return kind.model_validate(fields)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"{path}: {error}") from error
+    except ValidationError as error:
+        wrong = [f"  {'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors()]
+        raise RecipeError("\n".join([f"{path} is not a valid {kind.__name__}:", *wrong])) from error

@@ -1,0 +1,99 @@
+"""`export`: finished runs become a bundle in a model repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+
+from models.bundle import Bundle, save_bundle
+from models.manifest import AidSpec, AtopSpec, ClassifierSpec, Defenses, InpainterSpec, Manifest, ZeroPurSpec
+from training.config import ExportRecipe, RecipeError, refuse_unknown_layers
+from training.provenance import git_commit, hardware, library_versions
+from training.runs import read_recipe_of, read_summary_of
+from training.trained import trained_classifier, trained_discriminator, trained_inpainter
+
+
+def export(recipe: ExportRecipe, runs: Path, repository: Path) -> Path:
+    """Write `<repository>/<name>/<version>/` from the runs that the recipe names; returns the directory.
+
+    Raises RunError for a run that is missing or not finished, RecipeError for a layer that the classifier does not
+    have and for presets that do not fit the trained networks, BundleError if that version is already there.
+    """
+    cpu = torch.device("cpu")
+    classifier = trained_classifier(runs, recipe.classifier_run, cpu)
+    for preset in recipe.zeropur_presets.values():
+        refuse_unknown_layers(classifier, preset.fine_layers)
+    try:
+        described = manifest(recipe, runs)
+    except ValidationError as error:
+        raise RecipeError(f"the runs and the presets do not fit each other: {error}") from error
+    bundle = Bundle(
+        described,
+        classifier,
+        inpainter=None if recipe.atop_run is None else trained_inpainter(runs, recipe.atop_run, cpu),
+        discriminator=None if recipe.aid_run is None else trained_discriminator(runs, recipe.aid_run, cpu)[0],
+    )
+    directory = repository / recipe.name / recipe.version
+    save_bundle(bundle, directory)
+    return directory
+
+
+def manifest(recipe: ExportRecipe, runs: Path) -> Manifest:
+    """What bundle.json will say, but for the hashes of the files."""
+    classifier_recipe = read_recipe_of(runs, recipe.classifier_run)
+    return Manifest(
+        name=recipe.name,
+        version=recipe.version,
+        classes=read_summary_of(runs, recipe.classifier_run)["classes"],
+        input_size=(classifier_recipe["data"]["input_size"],) * 2,
+        classifier=ClassifierSpec(architecture=classifier_recipe["architecture"]),
+        defenses=Defenses(atop=atop(recipe, runs), aid=aid(recipe, runs), zeropur=zeropur(recipe)),
+        default_defense=recipe.default_defense,
+        provenance=provenance(recipe, runs),
+    )
+
+
+def atop(recipe: ExportRecipe, runs: Path) -> AtopSpec | None:
+    """The in-painter as its run built it, with the recipe's presets."""
+    if recipe.atop_run is None:
+        return None
+    inpainter = InpainterSpec(**read_recipe_of(runs, recipe.atop_run)["inpainter"])
+    return AtopSpec(inpainter=inpainter, default_preset=recipe.atop_default_preset, presets=recipe.atop_presets)
+
+
+def aid(recipe: ExportRecipe, runs: Path) -> AidSpec | None:
+    """The discriminator as its run built it, with the recipe's presets and the threshold that the run found."""
+    if recipe.aid_run is None:
+        return None
+    own = {
+        "presets": recipe.aid_presets,
+        "default_preset": recipe.aid_default_preset,
+        "threshold": read_summary_of(runs, recipe.aid_run)["threshold"],
+    }
+    return AidSpec(**{**read_recipe_of(runs, recipe.aid_run)["discriminator"], **own})
+
+
+def zeropur(recipe: ExportRecipe) -> ZeroPurSpec | None:
+    """ZeroPur has presets only."""
+    if not recipe.zeropur_presets:
+        return None
+    return ZeroPurSpec(default_preset=recipe.zeropur_default_preset, presets=recipe.zeropur_presets)
+
+
+def provenance(recipe: ExportRecipe, runs: Path) -> dict[str, object]:
+    """Everything that it takes to make the bundle again: recipes, data, commit, versions, time, hardware."""
+    names = [recipe.classifier_run, recipe.atop_run, recipe.aid_run]
+    if recipe.atop_run is not None:
+        names.insert(1, read_recipe_of(runs, recipe.atop_run).get("purifier_run"))
+    return {
+        "runs": {
+            name: {"recipe": read_recipe_of(runs, name), "summary": read_summary_of(runs, name)}
+            for name in names
+            if name is not None
+        },
+        "git_commit": git_commit(),
+        "libraries": library_versions(),
+        "hardware": hardware(),
+    }

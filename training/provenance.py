@@ -1,0 +1,43 @@
+"""Where a number comes from: commit, library versions, machine."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+LIBRARIES = ("torch", "numpy", "safetensors", "kornia", "foolbox", "datasets")
+
+
+def library_versions() -> dict[str, str]:
+    """The versions of the libraries that a number can depend on."""
+    return {name: version(name) for name in LIBRARIES}
+
+
+def git_commit() -> str:
+    """The commit of the code, with `+changes` where the working tree differs from it; `unknown` outside git."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"]
+    try:
+        described = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "unknown"
+    return described.stdout.strip() or "unknown"
+
+
+def hardware() -> dict[str, object]:
+    """The machine: its processor, how many threads torch uses, its GPU if it has one."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": cpu_model(), "threads": torch.get_num_threads(), "gpu": gpu, "python": platform.python_version()}
+
+
+def cpu_model() -> str:
+    """The processor's name as Linux gives it, or the architecture elsewhere."""
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()

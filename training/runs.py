@@ -1,0 +1,162 @@
+"""A run directory and the one loop that fills it: resolved recipe, metrics, TensorBoard, a checkpoint.
+
+A run may be killed at any moment. Whatever a step draws is derived from the recipe's seed and the step's
+number, a checkpoint replaces its predecessor in one move, and metrics written after the last checkpoint are
+dropped on resumption: the resumed run is the run that would have been.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.utils.tensorboard.writer import SummaryWriter
+from tqdm import tqdm
+
+from training.config import Recipe
+from training.data import Batches
+
+
+class RunError(ValueError):
+    """A run directory that cannot be used; the message names it."""
+
+
+class Stateful(Protocol):
+    """Anything that a checkpoint holds: modules, optimizers, averages, scalers."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
+class Task(Protocol):
+    """What the loop runs: `step(n)` makes update n and returns what to log, `summarize` looks at the result."""
+
+    batches: Batches
+    steps: int
+
+    def state(self) -> Mapping[str, Stateful]: ...
+
+    def step(self, step: int) -> dict[str, float]: ...
+
+    def summarize(self) -> dict[str, float]: ...
+
+
+class Run:
+    """A run directory `<runs>/<recipe.name>`, open for writing."""
+
+    def __init__(self, runs: Path, recipe: Recipe) -> None:
+        """Nothing is written yet; raises RunError if the directory belongs to another recipe."""
+        self.directory = runs / recipe.name
+        self.wall_s = 0.0
+        self._checkpoint = self.directory / "checkpoint.pt"
+        self._metrics = self.directory / "metrics.jsonl"
+        self._recipe = self.directory / "recipe.json"
+        self._resolved = recipe.model_dump_json(indent=2, exclude={"data": {"source"}}) + "\n"
+        if self._recipe.exists() and self._recipe.read_text() != self._resolved:
+            raise RunError(f"{self.directory} belongs to another recipe; remove it or name this run differently")
+
+    def restore(self, state: Mapping[str, Stateful]) -> int:
+        """Create the directory, or load its checkpoint into `state`; returns the number of steps that had made."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        replace_text(self._recipe, self._resolved)
+        step = 0
+        if self._checkpoint.exists():
+            saved = torch.load(self._checkpoint, weights_only=True, map_location="cpu")
+            step, self.wall_s = int(saved["step"]), float(saved["wall_s"])
+            for name, holder in state.items():
+                holder.load_state_dict(saved["state"][name])
+        self._drop_metrics_after(step)
+        return step
+
+    def save(self, step: int, state: Mapping[str, Stateful], wall_s: float) -> None:
+        """Replace the checkpoint, so that there is always a whole one. `wall_s` is the time trained so far."""
+        unfinished = self._checkpoint.with_suffix(".unfinished")
+        states = {name: holder.state_dict() for name, holder in state.items()}
+        torch.save({"step": step, "wall_s": wall_s, "state": states}, unfinished)
+        os.replace(unfinished, self._checkpoint)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one line to metrics.jsonl."""
+        with self._metrics.open("a") as lines:
+            lines.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def _drop_metrics_after(self, step: int) -> None:
+        if self._metrics.exists():
+            lines = self._metrics.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            replace_text(self._metrics, "".join(kept))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole, in one move: whoever is killed meanwhile leaves the old one."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
+def fit(run: Run, task: Task, *, checkpoint_every_s: float, log_every: int = 20) -> dict[str, Any]:
+    """Run the task to its last step, from wherever the run's checkpoint left off; returns its summary.
+
+    Metrics are logged every `log_every` steps, a checkpoint is saved every `checkpoint_every_s` seconds, and both
+    after the last step.
+    """
+    state = task.state()
+    start = run.restore(state)
+    began = saved_at = time.monotonic()
+    with (
+        SummaryWriter(str(run.directory / "tensorboard"), purge_step=start) as board,
+        tqdm(total=task.steps, initial=start, desc=run.directory.name, unit="step") as bar,
+    ):
+        for done in range(start + 1, task.steps + 1):
+            metrics = task.step(done - 1)
+            bar.update()
+            if done % log_every == 0 or done == task.steps:
+                run.log(done, metrics)
+                bar.set_postfix({name: f"{value:.3f}" for name, value in metrics.items()})
+                for name, value in metrics.items():
+                    board.add_scalar(name, value, done)
+            if done == task.steps or time.monotonic() - saved_at > checkpoint_every_s:
+                run.save(done, state, run.wall_s + time.monotonic() - began)
+                saved_at = time.monotonic()
+    summary = {
+        **task.summarize(),
+        "steps": task.steps,
+        "classes": list(task.batches.data.classes),
+        "data_sha256": task.batches.data.fingerprint(),
+        "wall_s": run.wall_s + time.monotonic() - began,
+    }
+    replace_text(run.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def read_checkpoint(runs: Path, name: str) -> dict[str, dict[str, Any]]:
+    """The state that a finished run's last checkpoint holds; raises RunError if the run is missing or not finished."""
+    read_recipe_of(runs, name)
+    read_summary_of(runs, name)
+    checkpoint = runs / name / "checkpoint.pt"
+    state: dict[str, dict[str, Any]] = torch.load(checkpoint, weights_only=True, map_location="cpu")["state"]
+    return state
+
+
+def read_recipe_of(runs: Path, name: str) -> dict[str, Any]:
+    """The resolved recipe of a run; raises RunError if there is none."""
+    path = runs / name / "recipe.json"
+    if not path.exists():
+        raise RunError(f"there is no run {name} in {runs}: train it first")
+    recipe: dict[str, Any] = json.loads(path.read_text())
+    return recipe
+
+
+def read_summary_of(runs: Path, name: str) -> dict[str, Any]:
+    """What a finished run says of itself; raises RunError if it is missing or not finished."""
+    path = runs / name / "summary.json"
+    if not path.exists():
+        raise RunError(f"run {name} in {runs} is not finished: run its command again to go on")
+    summary: dict[str, Any] = json.loads(path.read_text())
+    return summary

@@ -1,0 +1,137 @@
+"""`train-classifier`: the undefended classifier, by plain supervised training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from models.classifiers import Classifier, build_classifier
+from models.randomness import generator_for
+from models.speednet import WhiteningStem
+from training.config import ClassifierRecipe
+from training.data import Batches, ImageSet, in_batches, load_split, to_float
+from training.precision import autocast
+from training.runs import Run, Stateful, fit
+from training.trained import on_device
+
+# Whitening needs the patches of a few thousand images; more change nothing in the third digit.
+WHITENING_IMAGES = 5000
+
+
+class ClassifierTraining:
+    """A classifier, its optimizer and the average of its weights."""
+
+    def __init__(self, recipe: ClassifierRecipe, data: ImageSet, test: ImageSet, device: torch.device) -> None:
+        torch.manual_seed(recipe.seed)
+        self.recipe, self.test, self.device = recipe, test, device
+        self.batches = Batches(data, recipe.batch_size, recipe.augmentation, recipe.seed, device)
+        self.steps = self.batches.steps_in(recipe.epochs)
+        self.classifier = on_device(initial_classifier(recipe, data), device)
+        self.optimizer = torch.optim.SGD(
+            [p for p in self.classifier.parameters() if p.requires_grad],
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            nesterov=True,
+            weight_decay=recipe.weight_decay,
+        )
+        warmup = recipe.warmup_epochs * self.batches.steps_per_epoch
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: warmup_then_cosine(step, warmup, self.steps)
+        )
+        self.average = AveragedModel(
+            self.classifier, multi_avg_fn=get_ema_multi_avg_fn(recipe.average_decay), use_buffers=True
+        )
+
+    def state(self) -> Mapping[str, Stateful]:
+        return {
+            "classifier": self.classifier,
+            "average": self.average,
+            "optimizer": self.optimizer,
+            "schedule": self.schedule,
+        }
+
+    def step(self, step: int) -> dict[str, float]:
+        self.classifier.train()
+        images, labels = self.batches.at(step)
+        images, targets = self.mix(images, F.one_hot(labels, len(self.batches.data.classes)).float(), step)
+        with autocast(self.device, self.recipe.precision):
+            logits = self.classifier(images)
+            loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.recipe.label_smoothing)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        self.average.update_parameters(self.classifier)
+        accuracy = (logits.argmax(1) == labels).float().mean()
+        return {"loss": loss.item(), "train_accuracy": accuracy.item()}
+
+    def mix(self, images: Tensor, targets: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """CutMix on the recipe's share of the batches."""
+        generator = generator_for(self.recipe.seed, "cutmix", step)
+        if torch.rand((), generator=generator) >= self.recipe.cutmix:
+            return images, targets
+        return cutmix(images, targets, generator)
+
+    def summarize(self) -> dict[str, float]:
+        return {"test_accuracy": accuracy_on(self.average.module, self.test, self.device)}
+
+
+def initial_classifier(recipe: ClassifierRecipe, data: ImageSet) -> Classifier:
+    """A fresh classifier; it normalizes by the training images' mean and deviation, a whitening stem is set by them."""
+    pixels = to_float(data.images, torch.device("cpu"))
+    std, mean = torch.std_mean(pixels, dim=(0, 2, 3))
+    classifier = build_classifier(
+        recipe.architecture,
+        num_classes=len(data.classes),
+        input_size=recipe.data.input_size,
+        mean=mean.tolist(),
+        std=std.tolist(),
+    )
+    for module in classifier.modules():
+        if isinstance(module, WhiteningStem):
+            module.set_whitening(classifier.normalize(pixels[:WHITENING_IMAGES]))
+    return classifier
+
+
+def warmup_then_cosine(step: int, warmup: float, steps: int) -> float:
+    """Factor of the learning rate: linear up to 1 over `warmup` steps, then half a cosine down to 0."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def cutmix(images: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Replace one box of every image by that of another of the batch, and mix the targets (N, K) by area."""
+    height, width = images.shape[-2:]
+    kept, center_y, center_x = torch.rand(3, generator=generator).tolist()
+    half = 0.5 * math.sqrt(1 - kept)  # half the box's side, as a share of the image's
+    top, bottom = (round(height * min(1, max(0, center_y + side))) for side in (-half, half))
+    left, right = (round(width * min(1, max(0, center_x + side))) for side in (-half, half))
+    other = torch.randperm(len(images), generator=generator).to(images.device)
+    mixed = images.clone()
+    mixed[:, :, top:bottom, left:right] = images[other, :, top:bottom, left:right]
+    share = (bottom - top) * (right - left) / (height * width)
+    return mixed, torch.lerp(targets, targets[other], share)
+
+
+@torch.no_grad()
+def accuracy_on(classifier: torch.nn.Module, data: ImageSet, device: torch.device) -> float:
+    """Share of `data` that the classifier, in eval mode and float32, labels right."""
+    classifier.eval()
+    right = sum(int((classifier(images).argmax(1) == labels).sum()) for images, labels in in_batches(data, 500, device))
+    return right / len(data)
+
+
+def train_classifier(recipe: ClassifierRecipe, runs: Path, device: torch.device) -> dict[str, Any]:
+    """Train, or go on training, the classifier of a recipe; returns the summary with its test accuracy."""
+    run = Run(runs, recipe)
+    data, test = load_split(recipe.data, recipe.data.train_split), load_split(recipe.data, recipe.data.test_split)
+    task = ClassifierTraining(recipe, data, test, device)
+    return fit(run, task, checkpoint_every_s=recipe.checkpoint_every_s)

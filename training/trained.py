@@ -1,0 +1,67 @@
+"""Networks as finished runs left them, frozen and in eval mode.
+
+Every function raises RunError for a run that is missing or not finished.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from models.aid import AidDiscriminator
+from models.atop import build_inpainter
+from models.classifiers import Classifier, build_classifier
+from models.manifest import AidSpec, InpainterSpec
+from training.runs import read_checkpoint, read_recipe_of
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def on_device(network: Network, device: torch.device) -> Network:
+    """The network on `device`, channels last."""
+    network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+    return network
+
+
+def frozen(network: Network, device: torch.device) -> Network:
+    """The network on `device`, in eval mode, channels last, none of its weights asking for a gradient."""
+    return on_device(network, device).eval().requires_grad_(False)
+
+
+def averaged(runs: Path, name: str) -> dict[str, Tensor]:
+    """The average of the weights that a run kept (see `torch.optim.swa_utils.AveragedModel`)."""
+    prefix = "module."
+    state = read_checkpoint(runs, name)["average"]
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def trained_classifier(runs: Path, name: str, device: torch.device) -> Classifier:
+    """The averaged classifier of a `train-classifier` run."""
+    recipe, state = read_recipe_of(runs, name), averaged(runs, name)
+    classifier = build_classifier(
+        recipe["architecture"],
+        num_classes=state["stages.head.weight"].shape[0],
+        input_size=recipe["data"]["input_size"],
+    )
+    classifier.load_state_dict(state)  # mean and deviation are buffers and come with the weights
+    return frozen(classifier, device)
+
+
+def trained_inpainter(runs: Path, name: str, device: torch.device) -> nn.Module:
+    """The averaged in-painter of a `pretrain-purifier` or `finetune-atop` run."""
+    inpainter = build_inpainter(InpainterSpec(**read_recipe_of(runs, name)["inpainter"]))
+    inpainter.load_state_dict(averaged(runs, name))
+    return frozen(inpainter, device)
+
+
+def trained_discriminator(runs: Path, name: str, device: torch.device) -> tuple[AidDiscriminator, AidSpec]:
+    """The discriminator of a `train-aid` run and what it was built from."""
+    spec = AidSpec(**read_recipe_of(runs, name)["discriminator"])
+    state = read_checkpoint(runs, name)["discriminator"]
+    channels = [state[f"encoders.{index}.0.weight"].shape[1] for index in range(len(spec.taps))]
+    discriminator = AidDiscriminator(spec, channels)
+    discriminator.load_state_dict(state)
+    return frozen(discriminator, device), spec
