@@ -20,7 +20,7 @@ NORM_FLOOR = 1e-4  # a patch of zeros has no direction: it is divided by this in
 
 
 class GatedConv(nn.Module):
-    """One convolution, its channels split in halves a and b: activation(a) * sigmoid(b). Keeps the size but for its stride."""
+    """One convolution, its channels split in halves a and b: activation(a) * sigmoid(b); padded to its stride alone."""
 
     def __init__(
         self,
