@@ -157,6 +157,7 @@ def save_bundle(bundle: Bundle, directory: str | Path) -> None:
         if part is not None:
             path = directory / f"{name}.safetensors"
             safetensors.torch.save_file(_half(part.state_dict()), path)
+            path.chmod(0o644)  # safetensors makes files for their owner alone; a service runs as somebody else
             files[path.name] = _sha256(path)
     _write_manifest(directory, bundle.manifest.model_copy(update={"files": files}))
 

@@ -83,6 +83,7 @@ def test_the_weights_on_disk_are_half_precision_safetensors(saved: Path) -> None
 
     assert files == {"bundle.json", "classifier.safetensors", "atop.safetensors", "aid.safetensors"}
     assert all(value.dtype == torch.float16 for value in tensors.values() if value.is_floating_point())
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in saved.glob("*.safetensors"))
 
 
 def test_a_loaded_bundle_is_frozen_and_in_eval_mode(saved: Path) -> None:

@@ -141,7 +141,8 @@ def test_the_perceptual_term_keeps_the_features_closer_to_the_received_image(ima
         aligned = ZeroPurPurifier(classifier, preset)(images, range(4))
         layers = preset.fine_layers
         moved = lpips_features(classifier.features(aligned, layers))
-        return (moved - lpips_features(classifier.features(images, layers))).norm(dim=1)
+        distances: Tensor = (moved - lpips_features(classifier.features(images, layers))).norm(dim=1)
+        return distances
 
     assert bool((distance(1.0) < distance(1e-9)).all())
 

@@ -1,0 +1,1 @@
+"""The serving half of Clarifier: HTTP in, defended answers out."""

@@ -1,0 +1,174 @@
+"""`python -m service`: settings from the environment, one process, and an orderly end on SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from prometheus_client import disable_created_metrics
+
+from service.app import Loaded, create_app, decoder_threads, load_engine
+from service.gateway import Gateway
+from service.images import BYTES_PER_DECODED_PIXEL
+from service.logs import configure_logging
+from service.middleware import MAX_ACTIVE_REQUESTS
+from service.settings import PREFIX, Settings, SettingsError, load_settings
+from service.uploads import batch_body_bytes
+
+logger = logging.getLogger("service")
+
+MISCONFIGURED = 2
+SOCKET_BUFFER_BYTES = 64 * 1024
+"""That uvicorn reads ahead of a request."""
+KEEP_ALIVE_S = 75
+SWITCH_INTERVAL_S = 0.0005
+"""How long the event loop may keep the interpreter from the engine, which needs it between operations."""
+
+
+class Server(uvicorn.Server):
+    """uvicorn with the time line of a drain: not ready, still accepting, refusing, finishing, exit 0."""
+
+    def __init__(self, config: uvicorn.Config, gateway: Gateway) -> None:
+        super().__init__(config)
+        self._gateway = gateway
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        announcing = asyncio.create_task(_announce_when_ready(self._gateway, self.config.port))
+        try:
+            await super().serve(sockets)
+        finally:
+            announcing.cancel()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal begins the drain, the second ends the process now."""
+        if self._gateway.draining:
+            os._exit(128 + sig)
+        self._gateway.draining = True
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        settings = self._gateway.settings
+        logger.info("draining: not ready, accepting for another %g s", settings.drain_delay_s)
+        assert self._loop is not None
+        self._loop.call_later(settings.drain_delay_s, self._refuse)
+
+    def _refuse(self) -> None:
+        assert self._loop is not None
+        self._gateway.begin_drain()
+        self._loop.call_later(self._gateway.settings.drain_timeout_s, self._gateway.abandon)
+        self.should_exit = True
+
+
+async def _announce_when_ready(gateway: Gateway, port: int) -> None:
+    """Tell whoever started us by hand what to type next."""
+    while gateway.why_not_ready() in ("loading", "the engine is silent"):
+        await asyncio.sleep(0.05)
+    if gateway.why_not_ready() is not None:
+        return
+    settings, worst = gateway.settings, worst_case_bytes(gateway) // 2**20
+    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+    address = f"{'[' + host + ']' if ':' in host else host}:{port}"
+    print(
+        f"Clarifier is ready.\n"
+        f"  documentation  http://{address}/docs\n"
+        f"  models         http://{address}/models\n"
+        f"  try            curl -F image=@PHOTO.jpg 'http://{address}/classify?defense=atop&explain=true'\n"
+        f"  queue          {settings.max_queue_size} images\n"
+        f"  memory         uploads and images take at worst {worst} MiB, beside the models",
+        flush=True,
+    )
+
+
+def worst_case_bytes(gateway: Gateway) -> int:
+    """What requests can take at once if every limit is reached, without models and what an engine needs for a batch."""
+    settings = gateway.settings
+    inputs = (bundle.manifest.input_size for bundle in gateway.catalog.bundles.values())
+    samples = max((3 * height * width for height, width in inputs), default=0)
+    body = batch_body_bytes(settings.max_batch_size, settings.max_image_bytes)
+    decoding = BYTES_PER_DECODED_PIXEL * settings.max_image_pixels + 2 * body  # a part, and a file without metadata
+    waiting = samples * (settings.max_queue_size + settings.max_batch_size)
+    answering = MAX_ACTIVE_REQUESTS * (SOCKET_BUFFER_BYTES + 5 * samples)  # input, and purified as float32
+    return gateway.uploads.limit + body + decoder_threads() * decoding + waiting + answering
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """A bound socket. Raises SettingsError if the address cannot be had."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        place = f"{PREFIX}HOST and {PREFIX}PORT: cannot listen on {settings.host} port {settings.port}"
+        raise SettingsError(f"{place}: {error.strerror}") from None
+    return listener
+
+
+def _check_device(settings: Settings) -> None:
+    """Raises SettingsError if a CUDA device is required and absent."""
+    if settings.device.startswith("cuda"):
+        from service.engine import DeviceUnavailable, choose_device
+
+        try:
+            choose_device(settings.device)
+        except DeviceUnavailable as error:
+            raise SettingsError(str(error)) from None
+
+
+def serve(settings: Settings, listener: socket.socket, load: Callable[[Settings], Loaded] = load_engine) -> None:
+    """Run the application on `listener` until a signal."""
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter
+    app = create_app(settings, load)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=listener.getsockname()[1],
+        http="httptools",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # nothing here asks who the client is
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=int(settings.drain_timeout_s) + 2,
+    )
+    gateway = app.state.gateway
+    Server(config, gateway).run([listener])
+    if gateway.batcher is not None and gateway.batcher.alive:
+        _leave_now()
+
+
+def _leave_now() -> None:
+    """End with 0 although the engine is stuck in a batch: tearing the interpreter down under it could crash or hang."""
+    logger.warning("the drain time is over and a batch still runs: it is given up")
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def main() -> None:
+    """Serve until a signal; exit 0 after a drain, 2 with one line if a setting is wrong."""
+    try:
+        settings = load_settings()
+        _check_device(settings)
+        listener = _listen(settings)
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        sys.exit(MISCONFIGURED)
+    configure_logging(settings.log_level, settings.log_format)
+    logger.info("settings", extra={"fields": settings.model_dump(mode="json")})
+    serve(settings, listener)
+
+
+if __name__ == "__main__":
+    main()

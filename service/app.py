@@ -1,0 +1,127 @@
+"""`create_app`: builds everything, starts it, stops it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+
+from fastapi import FastAPI
+
+from service.batching import Batcher, RunBatch
+from service.errors import install_handlers
+from service.gateway import Gateway
+from service.metrics import Metrics
+from service.middleware import RequestMiddleware
+from service.repository import Catalog, load_repository, warm_bundles
+from service.routes import router
+from service.settings import Settings
+from service.uploads import ByteBudget, budget_bytes
+
+logger = logging.getLogger(__name__)
+
+DESCRIPTION = (
+    "Image classification and purification that withstand adversarial images better than the bare classifier "
+    "does; how much better, and against what, each model's report says (GET /models). "
+    "Errors are RFC 9457 problems."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What loading gives: bundles to describe, and an engine that is warm."""
+
+    catalog: Catalog
+    run_batch: RunBatch
+    engine: str
+    """Its name, for metrics."""
+    device: str
+    memory_bytes: Callable[[], float]
+
+
+def load_engine(settings: Settings) -> Loaded:
+    """Load the model repository and warm it up, in this process with torch. Takes seconds."""
+    from models import load_bundle
+    from service.engine import Engine, choose_device
+
+    device = choose_device(settings.device)
+    bundles, refused = load_repository(
+        settings.model_repository, lambda path: load_bundle(path, device=device), settings.max_image_pixels
+    )
+    # An accelerator is tuned for full batches too; on a CPU a full batch of a slow defense takes seconds.
+    largest = settings.max_batch_size if device.type == "cuda" else min(4, settings.max_batch_size)
+    sizes = sorted({1, largest})
+    bundles, cold = warm_bundles(bundles, lambda name, bundle: Engine({name: bundle}, device).warm(sizes))
+    engine = Engine(bundles, device)
+    return Loaded(Catalog(bundles, [*refused, *cold]), engine.run, "torch", str(device), engine.memory_bytes)
+
+
+def create_app(settings: Settings, load: Callable[[Settings], Loaded] = load_engine) -> FastAPI:
+    """The application. It answers probes at once, and images as soon as `load` has come back."""
+    decoders = ThreadPoolExecutor(decoder_threads(), "decoder")
+    budget = ByteBudget(budget_bytes(settings.max_batch_size, settings.max_image_bytes))
+    gateway = Gateway(settings, Metrics(), decoders, budget)
+    app = FastAPI(title="Clarifier", description=DESCRIPTION, redoc_url=None, lifespan=_lifespan(gateway, load))
+    app.state.gateway = gateway
+    app.include_router(router)
+    app.add_middleware(RequestMiddleware, metrics=gateway.metrics)
+    install_handlers(app)
+    return app
+
+
+def decoder_threads() -> int:
+    """Enough to keep up, few enough to bound the memory of decoded originals."""
+    return min(4, os.cpu_count() or 1)
+
+
+def _lifespan(
+    gateway: Gateway, load: Callable[[Settings], Loaded]
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(_start(gateway, load))
+        loading.add_done_callback(lambda task: _note_failure(gateway, task))
+        try:
+            yield
+        finally:
+            gateway.begin_drain()
+            loading.cancel()
+            await asyncio.wait([loading])
+            if gateway.batcher is not None:
+                await gateway.batcher.stop(gateway.drain_left_s())
+            gateway.decoders.shutdown(wait=False, cancel_futures=True)
+
+    return lifespan
+
+
+def _note_failure(gateway: Gateway, loading: asyncio.Task[None]) -> None:
+    """Loading that failed is logged and leaves the service alive and not ready."""
+    error = None if loading.cancelled() else loading.exception()
+    if error is not None:
+        logger.error("loading failed", exc_info=error)
+        gateway.failure = "loading failed"
+
+
+async def _start(gateway: Gateway, load: Callable[[Settings], Loaded]) -> None:
+    """Load, then open the queue."""
+    settings = gateway.settings
+    loaded = await asyncio.to_thread(load, settings)
+    batcher = Batcher(
+        loaded.run_batch,
+        engine_name=loaded.engine,
+        max_batch_size=settings.max_batch_size,
+        max_queue_delay_ms=settings.max_queue_delay_ms,
+        max_queue_size=settings.max_queue_size,
+        metrics=gateway.metrics,
+    )
+    gateway.metrics.watch(lambda: batcher.depth, loaded.memory_bytes)
+    for name, bundle in loaded.catalog.bundles.items():
+        gateway.metrics.model_info.labels(name, bundle.digest, loaded.device).set(1)
+    batcher.start()
+    gateway.catalog, gateway.batcher = loaded.catalog, batcher
+    if (reason := gateway.why_not_ready()) is not None:
+        logger.error("not ready: %s", reason)

@@ -1,0 +1,418 @@
+"""Many waiting requests become a few batches.
+
+`WaitingLine` decides who goes next: plain data and a clock reading, no threads. `Batcher` gives it a lock, an
+engine thread that takes batches and runs them, and futures that the event loop waits on. A batch's answers
+come back in one call on the event loop.
+
+What holds for every admitted item: it is answered exactly once, or its client has left. Expired items and
+those whose client left never reach the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from service.errors import (
+    ClarifierError,
+    ClientLeft,
+    DeadlineExceeded,
+    Draining,
+    InferenceFailed,
+    NotFinite,
+    NotReady,
+    Overloaded,
+)
+from service.metrics import Metrics
+from service.work import Answer, EngineFault, Key, Pixels, Ran
+
+logger = logging.getLogger(__name__)
+
+IDLE_BEAT_S = 0.5
+"""How often the engine thread shows that it is alive while there is nothing to do."""
+
+RunBatch = Callable[[Key, Sequence[Pixels], Sequence[int]], Ran]
+"""Outcomes in the order of the images; an image can fail alone with the error in its place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """An answer, and what it cost: the wait, the run of its batch, and how many shared it."""
+
+    answer: Answer
+    queue_ms: float
+    inference_ms: float
+    batch_size: int
+    stage_ms: Mapping[str, float]
+    """The run, by the engine's own stages."""
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    """One image that waits. Times are readings of the monotonic clock, in seconds."""
+
+    key: Key
+    image: Pixels
+    seed: int
+    deadline: float
+    enqueued_at: float
+    future: asyncio.Future[Completed] = field(repr=False)
+
+
+@dataclass(slots=True)
+class Places:
+    """How many places in line are kept for the images of one request, which are still being decoded."""
+
+    count: int = 0
+
+
+class WaitingLine:
+    """Items in the order they came, in groups that can run together. Not thread-safe.
+
+    A batch is limited by its work: an image that is drawn many times takes the room of as many images.
+    """
+
+    def __init__(self, max_batch_size: int, max_delay_s: float) -> None:
+        self._max_batch_size = max_batch_size
+        self._max_delay_s = max_delay_s
+        self._groups: dict[Key, deque[Item]] = {}
+        self.depth = 0
+
+    def add(self, items: Sequence[Item]) -> None:
+        """Append `items`."""
+        for item in items:
+            self._groups.setdefault(item.key, deque()).append(item)
+        self.depth += len(items)
+
+    def discard(self, item: Item) -> None:
+        """Take `item` out; nothing happens if it is not in the line any more."""
+        group = self._groups.get(item.key, ())
+        if item in group:
+            assert isinstance(group, deque)
+            group.remove(item)
+            self._forget_if_empty(item.key)
+            self.depth -= 1
+
+    def take(self, now: float, *, at_once: bool = False) -> list[Item]:
+        """The batch that should run now; empty if waiting is better.
+
+        The oldest item's group goes when it is full or the oldest has waited long enough (or `at_once`);
+        until then another group that is full may go ahead.
+        """
+        oldest = self._oldest()
+        if oldest is None:
+            return []
+        due = at_once or now >= oldest.enqueued_at + self._max_delay_s
+        key = oldest.key if due else self._first_full()
+        return [] if key is None else self._take_from(key)
+
+    def wait_s(self, now: float) -> float | None:
+        """Seconds until the oldest item's delay ends; None when nobody waits."""
+        oldest = self._oldest()
+        return None if oldest is None else max(0.0, oldest.enqueued_at + self._max_delay_s - now)
+
+    def is_full(self, key: Key) -> bool:
+        """Whether a whole batch of `key` waits."""
+        return len(self._groups.get(key, ())) >= self._room(key)
+
+    def clear(self) -> list[Item]:
+        """Everybody who waits; the line is empty afterwards."""
+        items = [item for group in self._groups.values() for item in group]
+        self._groups.clear()
+        self.depth = 0
+        return items
+
+    def _oldest(self) -> Item | None:
+        heads = (group[0] for group in self._groups.values())
+        return min(heads, key=lambda item: item.enqueued_at, default=None)
+
+    def _first_full(self) -> Key | None:
+        full = (key for key in self._groups if self.is_full(key))
+        return min(full, key=lambda key: self._groups[key][0].enqueued_at, default=None)
+
+    def _take_from(self, key: Key) -> list[Item]:
+        group = self._groups[key]
+        batch = [group.popleft() for _ in range(min(len(group), self._room(key)))]
+        self._forget_if_empty(key)
+        self.depth -= len(batch)
+        return batch
+
+    def _room(self, key: Key) -> int:
+        """How many images of `key` run together."""
+        return max(1, self._max_batch_size // key.votes)
+
+    def _forget_if_empty(self, key: Key) -> None:
+        if not self._groups[key]:
+            del self._groups[key]
+
+
+class Batcher:
+    """One queue, one engine thread. `reserve` keeps a place, `admit` takes it, `wait` waits for the answer."""
+
+    def __init__(
+        self,
+        run_batch: RunBatch,
+        *,
+        engine_name: str,
+        max_batch_size: int,
+        max_queue_delay_ms: float,
+        max_queue_size: int,
+        metrics: Metrics,
+    ) -> None:
+        self._run_batch = run_batch
+        self._engine_name = engine_name
+        self._max_queue_size = max_queue_size
+        self._metrics = metrics
+        self._line = WaitingLine(max_batch_size, max_queue_delay_ms / 1000)
+        self._changed = threading.Condition()
+        self._running: list[Item] = []
+        self._reserved = 0
+        self._hurrying = False
+        self._finishing = False
+        self._beat = time.monotonic()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+
+    # --- the event loop's side
+
+    def start(self) -> None:
+        """Start the engine thread; answers go to the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def check_open(self, count: int = 1) -> None:
+        """Raise Draining, NotReady or Overloaded if `count` new items would be refused now."""
+        self._check_running()
+        if self._taken + count > self._max_queue_size:
+            raise Overloaded(f"{self._taken} of {self._max_queue_size} places are taken", limit=self._max_queue_size)
+
+    @contextmanager
+    def places(self) -> Iterator[Places]:
+        """Around a request, no place yet; those that `reserve` adds and `admit` does not use are free at the end."""
+        places = Places()
+        try:
+            yield places
+        finally:
+            self._free(places)
+
+    def reserve(self, places: Places, count: int) -> None:
+        """Add `count` places, all or none. Raises as `check_open`."""
+        self.check_open(count)
+        places.count += count
+        self._reserved += count
+
+    def admit(
+        self, places: Places, key: Key, images: Sequence[Pixels], seeds: Sequence[int], deadline: float
+    ) -> list[Item]:
+        """Queue `images` on places that were kept for them; places to spare are free again.
+
+        Raises Draining, NotReady and DeadlineExceeded.
+        """
+        now = time.monotonic()
+        if now >= deadline:
+            raise DeadlineExceeded
+        loop = asyncio.get_running_loop()
+        items = [
+            Item(key, image, seed, deadline, now, loop.create_future())
+            for image, seed in zip(images, seeds, strict=True)
+        ]
+        assert len(items) <= places.count
+        with self._changed:
+            self._check_running()
+            self._free(places)
+            was_empty = not self._line.depth
+            self._line.add(items)
+            if was_empty or self._line.is_full(key):  # else the engine thread has nothing new to decide
+                self._changed.notify()
+        return items
+
+    async def wait(self, item: Item) -> Completed:
+        """The answer of `item`. Raises its error; DeadlineExceeded when its time is up, wherever it is then.
+
+        A caller that is cancelled takes its item out of the line.
+        """
+        try:
+            async with asyncio.timeout(item.deadline - time.monotonic()):
+                return await item.future
+        except TimeoutError:
+            raise DeadlineExceeded from None
+        finally:
+            if item.future.cancelled():  # the deadline, or the caller's own end
+                self.withdraw(item)
+
+    def withdraw(self, item: Item) -> None:
+        """Forget `item`: its client has left, and whoever waits for it is told so."""
+        if not item.future.done():
+            item.future.set_exception(ClientLeft())
+        with self._changed:
+            self._line.discard(item)
+
+    def drain(self) -> None:
+        """From now on items leave at once, without waiting for company."""
+        with self._changed:
+            self._hurrying = True
+            self._changed.notify()
+
+    def finish(self) -> None:
+        """Nobody else will come: the engine thread ends when the line is empty."""
+        self.drain()
+        with self._changed:
+            self._finishing = True
+            self._changed.notify()
+
+    async def stop(self, timeout_s: float) -> None:
+        """Finish, give the engine `timeout_s` seconds for it, and answer 503 to whoever is left."""
+        self.finish()
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join, timeout_s)
+        self.abandon(Draining())
+
+    def abandon(self, error: ClarifierError) -> None:
+        """Answer `error` to everybody who waits or runs."""
+        with self._changed:
+            items = [*self._line.clear(), *self._running]
+        _deliver([(item, error) for item in items])
+
+    # --- facts, for probes and metrics
+
+    @property
+    def depth(self) -> int:
+        """How many wait."""
+        return self._line.depth
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a batch runs."""
+        return bool(self._running)
+
+    @property
+    def silence_s(self) -> float:
+        """Seconds since the engine thread last showed that it is alive; infinite once it has ended."""
+        return time.monotonic() - self._beat if self._thread.is_alive() else math.inf
+
+    @property
+    def _taken(self) -> int:
+        return self._line.depth + self._reserved
+
+    def _free(self, places: Places) -> None:
+        self._reserved -= places.count
+        places.count = 0
+
+    def _check_running(self) -> None:
+        if self._finishing:
+            raise Draining
+        if not self._thread.is_alive():
+            raise NotReady("the engine has stopped")
+
+    # --- the engine thread's side
+
+    def _work(self) -> None:
+        """Turn after turn until nobody waits or will come. A turn that fails is logged, and the next one comes."""
+        try:
+            while not (self._finishing and not self._line.depth):
+                try:
+                    self._turn()
+                except Exception:
+                    logger.exception("the batch loop stumbled")
+                    time.sleep(0.01)
+        finally:
+            error = Draining() if self._finishing else NotReady("the engine has stopped")
+            self._call_on_loop(lambda: self.abandon(error))
+
+    def _turn(self) -> None:
+        batch = self._next_batch()
+        self._beat = time.monotonic()
+        try:
+            self._answer(batch)
+        except BaseException:  # whatever happened, nobody is left waiting
+            self._hand_over([(item, InferenceFailed()) for item in batch])
+            raise
+        finally:
+            self._running = []
+            self._beat = time.monotonic()
+
+    def _next_batch(self) -> list[Item]:
+        """Wait until a batch should run, or for a beat; empty if it was only a beat."""
+        with self._changed:
+            now = time.monotonic()
+            batch = self._line.take(now, at_once=self._hurrying)
+            if not batch and not self._finishing:
+                wait_s = self._line.wait_s(now)
+                self._changed.wait(IDLE_BEAT_S if wait_s is None else min(wait_s, IDLE_BEAT_S))
+                batch = self._line.take(time.monotonic(), at_once=self._hurrying)
+            self._running = batch  # while the lock is held, so that `abandon` finds every item somewhere
+        return batch
+
+    def _answer(self, batch: list[Item]) -> None:
+        """Answer everybody: too late, or the outcome of a run; one by one, each as it ends, if the run fails."""
+        now = time.monotonic()
+        self._hand_over([(item, DeadlineExceeded()) for item in batch if now >= item.deadline])
+        wanted = [item for item in batch if now < item.deadline and not item.future.done()]
+        if not wanted:
+            return
+        try:
+            self._hand_over(self._run(wanted))
+        except Exception as error:
+            self._note_failure(wanted, error)
+            if len(wanted) == 1:
+                self._hand_over([(wanted[0], InferenceFailed())])
+                return
+            for item in wanted:
+                self._answer([item])
+                self._beat = time.monotonic()
+
+    def _run(self, batch: list[Item]) -> list[tuple[Item, Completed | ClarifierError]]:
+        started = time.monotonic()
+        ran = self._run_batch(batch[0].key, [item.image for item in batch], [item.seed for item in batch])
+        pairs = list(zip(batch, ran.outcomes, strict=True))
+        inference_ms = 1000 * (time.monotonic() - started)
+        self._metrics.batch_size.observe(len(batch))
+        for outcome in ran.outcomes:
+            if isinstance(outcome, NotFinite):
+                self._metrics.engine_errors.labels(self._engine_name, "nan").inc()
+        return [
+            (item, outcome)
+            if isinstance(outcome, ClarifierError)
+            else (
+                item,
+                Completed(outcome, 1000 * (started - item.enqueued_at), inference_ms, len(batch), ran.stage_ms),
+            )
+            for item, outcome in pairs
+        ]
+
+    def _note_failure(self, batch: list[Item], error: Exception) -> None:
+        kind = error.kind if isinstance(error, EngineFault) else "other"
+        self._metrics.engine_errors.labels(self._engine_name, kind).inc()
+        logger.error("a batch of %d (%s) failed", len(batch), batch[0].key, exc_info=error)
+
+    def _hand_over(self, outcomes: Sequence[tuple[Item, Completed | ClarifierError]]) -> None:
+        if outcomes:
+            self._call_on_loop(lambda: _deliver(outcomes))
+
+    def _call_on_loop(self, callback: Callable[[], None]) -> None:
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(callback)
+
+
+def _deliver(outcomes: Sequence[tuple[Item, Completed | ClarifierError]]) -> None:
+    """Answer those who are still there; on the event loop."""
+    for item, outcome in outcomes:
+        if item.future.done():
+            continue
+        if isinstance(outcome, ClarifierError):
+            item.future.set_exception(outcome)
+        else:
+            item.future.set_result(outcome)

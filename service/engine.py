@@ -1,0 +1,171 @@
+"""Loaded bundles on a device: a batch of images in, an answer for each out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.manifest import Manifest
+from service.errors import ClarifierError, NotFinite
+from service.work import Answer, Classified, Detected, EngineFault, Floats, Key, Operation, Pixels, Purified, Ran
+
+logger = logging.getLogger(__name__)
+
+
+class DeviceUnavailable(ValueError):
+    """The configured device is not there; the message names the setting."""
+
+
+class LoadedBundle(Protocol):
+    """What an engine needs of `models.Bundle`."""
+
+    @property
+    def manifest(self) -> Manifest: ...
+
+    def probabilities(
+        self, defense: str, images: Tensor, votes: int = 1, seed: int | Sequence[int] | None = None
+    ) -> Tensor:
+        """(N, K)."""
+
+    def purify(self, defense: str, images: Tensor, seed: int | Sequence[int] | None = None) -> Tensor:
+        """(N, 3, H, W)."""
+
+    def aid_score(self, images: Tensor) -> Tensor:
+        """(N,)."""
+
+
+class Engine:
+    """Runs batches on `device`. `bundles` maps `name@version` to a bundle that is there already."""
+
+    def __init__(self, bundles: Mapping[str, LoadedBundle], device: torch.device) -> None:
+        self._bundles = dict(bundles)
+        self.device = device
+
+    def run(self, key: Key, images: Sequence[Pixels], seeds: Sequence[int]) -> Ran:
+        """An outcome per image, in order; NotFinite in the place of one that holds a NaN or an infinity.
+
+        Raises EngineFault when the device fails, and whatever a defense raises.
+        """
+        try:
+            return self._run(key, self._on_device(images), seeds)
+        except torch.OutOfMemoryError as error:
+            raise EngineFault("oom") from error
+        except torch.AcceleratorError as error:
+            raise EngineFault("cuda") from error
+
+    def warm(self, batch_sizes: Sequence[int]) -> None:
+        """Run every defense of every bundle once per batch size, so that no client pays for first times."""
+        for name, bundle in self._bundles.items():
+            started = time.monotonic()
+            for key in _keys(name, bundle.manifest):
+                for size in batch_sizes:
+                    self.run(key, [np.zeros((*bundle.manifest.input_size, 3), np.uint8)] * size, [0] * size)
+            logger.info("%s is warm on %s after %.1f s", name, self.device, time.monotonic() - started)
+
+    def memory_bytes(self) -> int:
+        """Allocated on an accelerator; 0 on a CPU."""
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+    def _on_device(self, images: Sequence[Pixels]) -> Tensor:
+        """uint8 (H, W, 3) each to float32 (N, 3, H, W) in [0, 1]."""
+        stacked = torch.from_numpy(np.stack(images)).to(self.device)
+        return stacked.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 255
+
+    def _run(self, key: Key, images: Tensor, seeds: Sequence[int]) -> Ran:
+        bundle = self._bundles[key.model]
+        started = time.monotonic()
+        purified = images
+        stage_ms = dict[str, float]()
+        if _is_purified_apart(key):
+            purified = bundle.purify(key.defense, images, seed=seeds)
+            self._wait_for_device()
+            stage_ms["purify"] = 1000 * (time.monotonic() - started)
+            started = time.monotonic()
+        match key.operation:
+            case Operation.PURIFY:
+                return Ran(_distances(images, purified), stage_ms)
+            case Operation.DETECT:
+                outcomes = _detect(bundle, images)
+            case Operation.CLASSIFY:
+                outcomes = _classify(bundle, key, images, purified, seeds)
+        stage_ms["classify"] = 1000 * (time.monotonic() - started)
+        return Ran(outcomes, stage_ms)
+
+    def _wait_for_device(self) -> None:
+        """Let queued kernels end, so that a stage's time is its own."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _is_purified_apart(key: Key) -> bool:
+    """Whether purification is a call of its own. Several votes are the bundle's: it draws and averages them."""
+    if key.operation is Operation.CLASSIFY:
+        return key.defense != "none" and key.votes == 1
+    return key.operation is Operation.PURIFY
+
+
+def _classify(
+    bundle: LoadedBundle, key: Key, images: Tensor, purified: Tensor, seeds: Sequence[int]
+) -> list[Answer | ClarifierError]:
+    """`purified` is `images` where there is nothing to purify, or the bundle does it for each vote."""
+    defense, votes = (key.defense, key.votes) if purified is images else ("none", 1)
+    probabilities = _on_host(bundle.probabilities(defense, purified, votes=votes, seed=seeds))
+    undefended: Sequence[Floats | None] = [None] * len(images)
+    scores: Sequence[float | None] = [None] * len(images)
+    if key.explain:
+        bare = probabilities if key.defense == "none" else _on_host(bundle.probabilities("none", images, seed=seeds))
+        undefended = list(bare)
+        if bundle.manifest.aid_threshold is not None:
+            scores = _on_host(bundle.aid_score(images)).tolist()
+    answers = [Classified(*parts) for parts in zip(probabilities, undefended, scores, strict=True)]
+    return [answer if _is_finite(answer) else NotFinite() for answer in answers]
+
+
+def _detect(bundle: LoadedBundle, images: Tensor) -> list[Answer | ClarifierError]:
+    scores = _on_host(bundle.aid_score(images))
+    return [Detected(float(score)) if np.isfinite(score) else NotFinite() for score in scores]
+
+
+def _distances(images: Tensor, purified: Tensor) -> list[Answer | ClarifierError]:
+    """The purified images on the host, each with its distance to what it was."""
+    distances = _on_host((purified - images).abs().flatten(1).amax(1))
+    pictures = np.ascontiguousarray(_on_host(purified).transpose(0, 2, 3, 1))
+    return [
+        Purified(picture, float(distance)) if np.isfinite(picture).all() else NotFinite()
+        for picture, distance in zip(pictures, distances, strict=True)
+    ]
+
+
+def _is_finite(answer: Classified) -> bool:
+    parts = [answer.probabilities, answer.undefended, answer.aid_score]
+    return all(np.isfinite(part).all() for part in parts if part is not None)
+
+
+def _on_host(tensor: Tensor) -> Floats:
+    array: Floats = tensor.detach().float().cpu().numpy()
+    return array
+
+
+def _keys(name: str, manifest: Manifest) -> list[Key]:
+    """Everything a client can ask of a bundle with one defense at its default preset."""
+    defenses = ["none", *manifest.defenses.offered(), manifest.resolve(manifest.default_defense)]
+    keys = [Key(Operation.CLASSIFY, name, defense) for defense in dict.fromkeys(defenses)]
+    if manifest.aid_threshold is not None:
+        keys.append(Key(Operation.DETECT, name))
+    return keys
+
+
+def choose_device(name: str) -> torch.device:
+    """The device for `auto`, `cpu`, `cuda` or `cuda:N`. Raises DeviceUnavailable."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceUnavailable(f"CLARIFIER_DEVICE is {name}, but there is no such CUDA device")
+    return device

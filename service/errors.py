@@ -1,0 +1,312 @@
+"""Every error a client can see, and the one shape they are all answered in (RFC 9457 problem+json).
+
+    ClarifierError
+    ├── the message: EmptyBody, MalformedMultipart, BodyTooSlow, BodyTooLarge, UnsupportedMedia
+    ├── the image: UnsupportedFormat, TooManyPixels, Undecodable, Animated, ExtremeAspect
+    ├── the question: InvalidParameter, WrongField, UnknownModel, NoDetector, NotAcceptable, TooManyImages
+    ├── the moment: Overloaded, TooBusy, NotReady, Draining, DeadlineExceeded, ClientLeft
+    └── ourselves: InferenceFailed, NotFinite
+
+Each class says its status, its title and, as its docstring, the page that `/problems/<code>` shows. Errors of
+the framework (404, 405, ...) are answered in the same shape. Details are safe to show: they hold no paths, no
+library names, and nothing of the upload.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from http import HTTPStatus
+from inspect import cleandoc
+from typing import ClassVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from service.record import Record, record_of
+from service.schemas import ParameterProblem, Problem
+
+PROBLEM_JSON = "application/problem+json"
+IMAGE_TYPES = "image/jpeg, image/png, image/webp, image/bmp, multipart/form-data"
+
+
+class ClarifierError(Exception):
+    """An error that a client may see; `detail` says what is particular to this one."""
+
+    code: ClassVar[str] = "internal_server_error"
+    """Also the `reason` of the metric, and with dashes the name of the page."""
+    status: ClassVar[int] = 500
+    title: ClassVar[str] = "internal error"
+    headers: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(
+        self,
+        detail: str = "",
+        *,
+        limit: int | None = None,
+        actual: int | None = None,
+        errors: Sequence[ParameterProblem] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.detail = detail or self.title
+        self.limit = limit
+        self.actual = actual
+        self.errors = None if errors is None else list(errors)
+
+
+class EmptyBody(ClarifierError):
+    """The request had no body. Send the image as the raw body or as the multipart field `image`."""
+
+    code, status, title = "empty_body", 400, "the request has no body"
+
+
+class MalformedMultipart(ClarifierError):
+    """The multipart message could not be read: no or a wrong boundary, a truncated part, broken part headers,
+    or an image sent as a text field (a part without a file name)."""
+
+    code, status, title = "malformed_multipart", 400, "the multipart message is malformed"
+
+
+class UnknownModel(ClarifierError):
+    """No bundle of that name and version is loaded. GET /models lists what is."""
+
+    code, status, title = "unknown_model", 404, "there is no such model"
+
+
+class NotAcceptable(ClarifierError):
+    """The answer cannot be made in any type that the Accept header allows: image/png, image/webp and
+    application/x-npy are what /purify makes."""
+
+    code, status, title = "not_acceptable", 406, "the accepted types cannot be produced"
+
+
+class BodyTooSlow(ClarifierError):
+    """The body did not arrive within CLARIFIER_BODY_TIMEOUT_S."""
+
+    code, status, title = "body_too_slow", 408, "the body did not arrive in time"
+
+
+class BodyTooLarge(ClarifierError):
+    """The upload has more bytes than CLARIFIER_MAX_IMAGE_BYTES allows."""
+
+    code, status, title = "body_too_large", 413, "the upload has too many bytes"
+
+
+class TooManyPixels(ClarifierError):
+    """The image's header announces more pixels than CLARIFIER_MAX_IMAGE_PIXELS; it was not decoded."""
+
+    code, status, title = "too_many_pixels", 413, "the image has too many pixels"
+
+
+class TooManyImages(ClarifierError):
+    """The request holds more images than one request may: CLARIFIER_MAX_BATCH_SIZE."""
+
+    code, status, title = "too_many_images", 413, "the request has too many images"
+
+
+class UnsupportedMedia(ClarifierError):
+    """The Content-Type is not an image's, application/octet-stream or multipart/form-data, or the body has a
+    Content-Encoding. Compressed bodies are never inflated."""
+
+    code, status, title = "unsupported_media", 415, "the content type is not supported"
+    headers: ClassVar[Mapping[str, str]] = {"Accept-Post": IMAGE_TYPES}
+
+
+class UnsupportedFormat(ClarifierError):
+    """The first bytes are not those of a JPEG, PNG, WebP or BMP image, whatever the Content-Type says. No
+    decoder was called."""
+
+    code, status, title = "unsupported_format", 415, "the upload is not an image of a supported format"
+    headers: ClassVar[Mapping[str, str]] = {"Accept-Post": IMAGE_TYPES}
+
+
+class Undecodable(ClarifierError):
+    """The image is of a supported format but damaged, truncated, or uses a part of the format that we refuse.
+    Partial pixels are never used."""
+
+    code, status, title = "undecodable", 422, "the upload is not a readable image"
+
+
+class Animated(ClarifierError):
+    """The image is animated. Send the frame that is meant as an image of its own."""
+
+    code, status, title = "animated", 422, "animated images are not accepted"
+
+
+class ExtremeAspect(ClarifierError):
+    """One side of the image is more than 50 times the other: a center crop would throw most of it away."""
+
+    code, status, title = "extreme_aspect", 422, "the image is too long and thin"
+
+
+class InvalidParameter(ClarifierError):
+    """A query parameter or header is unknown, repeated or out of range; `errors` points at each."""
+
+    code, status, title = "invalid_parameter", 422, "a parameter is not valid"
+
+
+class WrongField(ClarifierError):
+    """The multipart fields are not the expected ones: exactly one file, named `image`; on the batch route one
+    or more, named `images`."""
+
+    code, status, title = "wrong_field", 422, "the form has the wrong fields"
+
+
+class NoDetector(ClarifierError):
+    """The model has no AID discriminator, so there is nothing to detect with."""
+
+    code, status, title = "no_detector", 422, "the model has no detector"
+
+
+class Overloaded(ClarifierError):
+    """Every place in the queue is taken, or the uploads under way fill the memory that is meant for them. Try again
+    after the seconds of Retry-After."""
+
+    code, status, title = "queue_full", 429, "the queue is full, try again shortly"
+
+
+class ClientLeft(ClarifierError):
+    """The client closed the connection before its answer: seen in logs and metrics only."""
+
+    code, status, title = "client_left", 499, "the client left"
+
+
+class InferenceFailed(ClarifierError):
+    """The defense failed on this image. The others of its batch were answered."""
+
+    code, status, title = "inference_failed", 500, "inference failed"
+
+
+class NotFinite(ClarifierError):
+    """The network's answer for this image was not a finite number. The others of its batch were answered."""
+
+    code, status, title = "nan", 500, "the answer is not a finite number"
+
+
+class NotReady(ClarifierError):
+    """No model is ready: bundles are still loading, none is sound, or the engine has stopped."""
+
+    code, status, title = "not_ready", 503, "the service is not ready"
+
+
+class TooBusy(ClarifierError):
+    """More requests are being answered than one process takes at once. Try again after the seconds of
+    Retry-After."""
+
+    code, status, title = "too_busy", 503, "too many requests at once"
+
+
+class Draining(ClarifierError):
+    """The service is shutting down and takes no new work. Another replica, or a later try, will answer."""
+
+    code, status, title = "draining", 503, "the service is shutting down"
+    headers: ClassVar[Mapping[str, str]] = {"Connection": "close"}
+
+
+class DeadlineExceeded(ClarifierError):
+    """The request's own deadline passed: X-Request-Timeout-Ms, or CLARIFIER_REQUEST_TIMEOUT_MS without it."""
+
+    code, status, title = "deadline_exceeded", 504, "the deadline passed"
+
+
+PAGES_OF_THE_FRAMEWORK = {
+    400: "The request is not well-formed HTTP.",
+    404: "There is nothing at this address. GET /docs lists the routes.",
+    405: "The route exists but not for this method; the Allow header lists those it has.",
+    500: "The service failed in a way nobody foresaw. The request id finds the log line.",
+}
+
+
+def classes(base: type[ClarifierError] = ClarifierError) -> Iterator[type[ClarifierError]]:
+    """Every error class below `base`."""
+    for child in base.__subclasses__():
+        yield child
+        yield from classes(child)
+
+
+def pages() -> dict[str, tuple[int, str, str]]:
+    """Slug to status, title and paragraph of every problem type that an answer can name."""
+    ours = {_slug(cls.code): (cls.status, cls.title, cleandoc(cls.__doc__ or "")) for cls in classes()}
+    theirs = {
+        _slug(_framework_code(status)): (status, HTTPStatus(status).phrase.lower(), paragraph)
+        for status, paragraph in PAGES_OF_THE_FRAMEWORK.items()
+    }
+    return ours | theirs
+
+
+def problem_of(error: ClarifierError, request_id: str) -> Problem:
+    """What a client reads about `error`."""
+    return Problem(
+        type=f"/problems/{_slug(error.code)}",
+        title=error.title,
+        status=error.status,
+        detail=error.detail,
+        code=error.code,
+        request_id=request_id,
+        limit=error.limit,
+        actual=error.actual,
+        errors=error.errors,
+    )
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Answer every error of `app`, ours and the framework's, as problem+json."""
+    app.add_exception_handler(ClarifierError, _answer_ours)
+    app.add_exception_handler(HTTPException, _answer_framework)
+    app.add_exception_handler(RequestValidationError, _answer_framework)
+    app.add_exception_handler(Exception, _answer_unforeseen)
+
+
+async def _answer_ours(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ClarifierError)
+    return answer_of(error, record_of(request.scope))
+
+
+def answer_of(error: ClarifierError, record: Record) -> Response:
+    """The answer to the request of `record`, which is told the problem's code."""
+    record.code = error.code
+    headers = dict(error.headers)
+    if error.status in (429, 503):
+        headers["Retry-After"] = str(random.randint(1, 3))  # jitter, so that refused clients don't return as one
+    return _response(problem_of(error, record.request_id), headers)
+
+
+async def _answer_framework(request: Request, error: Exception) -> Response:
+    """404, 405 and the like; anything whose page we don't have is answered as a malformed request (400)."""
+    status = error.status_code if isinstance(error, HTTPException) else 400
+    status = status if status in PAGES_OF_THE_FRAMEWORK else 400
+    headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
+    return _response(_framework_problem(request, status), headers)
+
+
+async def _answer_unforeseen(request: Request, error: Exception) -> Response:
+    """The stack goes to the log: the server writes it, and then closes the connection."""
+    problem = _framework_problem(request, 500)
+    return _response(problem, {"X-Request-Id": problem.request_id, "Connection": "close"})
+
+
+def _framework_problem(request: Request, status: int) -> Problem:
+    record = record_of(request.scope)
+    record.code = _framework_code(status)
+    return Problem(
+        type=f"/problems/{_slug(record.code)}",
+        title=HTTPStatus(status).phrase.lower(),
+        status=status,
+        detail=PAGES_OF_THE_FRAMEWORK[status],
+        code=record.code,
+        request_id=record.request_id,
+    )
+
+
+def _framework_code(status: int) -> str:
+    return HTTPStatus(status).name.lower()
+
+
+def _slug(code: str) -> str:
+    return code.replace("_", "-")
+
+
+def _response(problem: Problem, headers: Mapping[str, str]) -> Response:
+    body = problem.model_dump_json(exclude_none=True)
+    return Response(body, problem.status, headers=dict(headers), media_type=PROBLEM_JSON)

@@ -1,0 +1,131 @@
+"""What the routes share: one object per application, filled while it starts, and asked what is true now."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from fastapi import Request
+
+from service.batching import Batcher
+from service.errors import Draining, NotReady, UnknownModel
+from service.metrics import Metrics
+from service.repository import Catalog
+from service.settings import Settings
+from service.uploads import ByteBudget
+
+STALE_BEAT_S = 2.0
+"""An engine with nothing to do that is silent for longer is not ready."""
+
+
+@dataclass
+class Gateway:
+    """Settings, metrics, decoders; and, once loaded, the catalog and the batcher in front of the engine."""
+
+    settings: Settings
+    metrics: Metrics
+    decoders: ThreadPoolExecutor
+    uploads: ByteBudget
+    catalog: Catalog = field(default_factory=lambda: Catalog({}))
+    batcher: Batcher | None = None
+    draining: bool = False
+    """Set by the first SIGTERM: not ready any more, though work is accepted until the drain delay is over."""
+    failure: str = ""
+    """Why loading ended without an engine."""
+    _drain_ends: float | None = field(default=None, init=False)
+    """A reading of the monotonic clock; None while new requests are let in."""
+    _abandoned: bool = field(default=False, init=False)
+    _in_flight: set[asyncio.Task[object]] = field(default_factory=set, init=False)
+
+    @contextmanager
+    def let_in(self) -> Iterator[Batcher]:
+        """Around a request: once inside, it is answered even if a drain begins, whatever it is doing then.
+
+        Raises NotReady, Draining or Overloaded if a new image would not be admitted now; Draining, out of whatever
+        the request was waiting for, when the drain time is over.
+        """
+        batcher = self._open_batcher()
+        task = asyncio.current_task()
+        assert task is not None
+        self._in_flight.add(task)
+        try:
+            yield batcher
+        except asyncio.CancelledError:
+            if self._abandoned and task.uncancel() == 0:
+                raise Draining from None
+            raise
+        finally:
+            self._in_flight.discard(task)
+            self._finish_if_empty()
+
+    def _open_batcher(self) -> Batcher:
+        if self._drain_ends is not None:
+            raise Draining
+        if self.batcher is None or not self.catalog.bundles:
+            raise NotReady(self.why_not_ready() or "")
+        self.batcher.check_open()
+        return self.batcher
+
+    def begin_drain(self) -> None:
+        """Refuse new requests from now on; the engine ends when those that were let in are answered."""
+        self.draining = True
+        if self._drain_ends is None:
+            self._drain_ends = time.monotonic() + self.settings.drain_timeout_s
+        if self.batcher is not None:
+            self.batcher.drain()
+        self._finish_if_empty()
+
+    def drain_left_s(self) -> float:
+        """Seconds until whoever is left is abandoned."""
+        return 0.0 if self._drain_ends is None else max(0.0, self._drain_ends - time.monotonic())
+
+    def abandon(self) -> None:
+        """The drain time is over: answer 503 to whoever is left."""
+        self._abandoned = True
+        for task in self._in_flight:
+            task.cancel()
+
+    def _finish_if_empty(self) -> None:
+        if self._drain_ends is not None and not self._in_flight and self.batcher is not None:
+            self.batcher.finish()
+
+    def why_not_ready(self) -> str | None:
+        """The reason not to send requests here, from facts of this moment; None if there is none.
+
+        A full queue is not a reason: taking this replica out would push its load onto the others.
+        """
+        if self.draining:
+            return "draining"
+        if self.batcher is None:
+            return self.failure or "loading"
+        if not self.catalog.bundles:
+            return "no bundle is loaded"
+        if not self._has_default_model():
+            return "the default model is not loaded"
+        patience_s = self.settings.request_timeout_ms / 1000 if self.batcher.busy else STALE_BEAT_S
+        return "the engine is silent" if self.batcher.silence_s > patience_s else None
+
+    def _has_default_model(self) -> bool:
+        try:
+            self.catalog.find(self.settings.default_model)
+        except UnknownModel:
+            return False
+        return True
+
+    def why_not_live(self) -> str | None:
+        """The reason to restart this process; None if there is none. Bundles and devices are none."""
+        if self.draining or self.batcher is None:
+            return None
+        silent = self.batcher.silence_s > 3 * self.settings.request_timeout_ms / 1000
+        return "the engine is silent" if silent else None
+
+
+def gateway_of(request: Request) -> Gateway:
+    """The gateway of the application that answers `request`."""
+    gateway = request.app.state.gateway
+    assert isinstance(gateway, Gateway)
+    return gateway

@@ -1,0 +1,76 @@
+"""Logs on standard error: one line per event, one event per request, nothing of a client's unescaped."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from typing import Literal
+
+from service.record import Record
+
+requests = logging.getLogger("service.requests")
+LEVELS = {"5": logging.WARNING}
+"""By the first digit of the status; INFO otherwise."""
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, object] = {
+            "time": _timestamp(record),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["stack"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+class TextFormatter(logging.Formatter):
+    """For people: time, level, message, and fields as name=value. Only a stack takes more than a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = getattr(record, "fields", {})
+        words = [_timestamp(record), record.levelname, json.dumps(record.getMessage().strip())[1:-1]]
+        words += [f"{name}={json.dumps(value, default=str)}" for name, value in fields.items()]
+        stack = "\n" + self.formatException(record.exc_info) if record.exc_info else ""
+        return " ".join(words) + stack
+
+
+def configure_logging(level: str, style: Literal["json", "text"]) -> None:
+    """Send everything from `level` up to standard error. Called once, by `python -m service`."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter())
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+
+
+def log_request(record: Record) -> None:
+    """The line of one request. No pixels, no file name, no header."""
+    level = LEVELS.get(str(record.status)[0], logging.INFO)
+    if not requests.isEnabledFor(level):
+        return
+    fields = {
+        "request_id": record.request_id,
+        "route": record.route,
+        "status": record.status,
+        "code": record.code,
+        "ms": round(record.elapsed_ms(), 2),
+        **{f"{stage}_ms": round(value, 2) for stage, value in record.timing_ms.items()},
+        "model": record.model,
+        "digest": record.digest[:12],
+        "defense": record.defense,
+        "bytes": record.bytes,
+        "format": record.format,
+        "width": record.width,
+        "height": record.height,
+    }
+    requests.log(level, "request", extra={"fields": {k: v for k, v in fields.items() if v not in ("", 0)}})
+
+
+def _timestamp(record: logging.LogRecord) -> str:
+    seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+    return f"{seconds}.{int(record.msecs):03d}Z"

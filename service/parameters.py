@@ -1,0 +1,196 @@
+"""Query parameters: strict (unknown, repeated or out of range is 422), and documented in OpenAPI."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+from fastapi import Request
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from service.errors import DeadlineExceeded, InvalidParameter
+from service.schemas import ParameterProblem
+
+Model = Annotated[
+    str | None,
+    Field(max_length=128, description="Bundle, `name` (its newest version) or `name@version`."),
+]
+Defense = Annotated[
+    str | None,
+    Field(
+        max_length=1024,
+        description="`none`, or a comma-separated chain of the bundle's defenses, applied left to right; a "
+        "preset follows a colon: `atop:rt3,aid`. Unset: the bundle's default.",
+    ),
+]
+Seed = Annotated[
+    int | None,
+    Field(ge=0, lt=2**64, description="Makes the defense's randomness reproducible, alone or in any batch."),
+]
+Votes = Annotated[
+    int,
+    Field(
+        ge=1,
+        le=64,
+        description="Random draws whose probabilities are averaged; at most 8 with `aid` or `zeropur`, which are slow. "
+        "A defense that draws nothing runs once.",
+    ),
+]
+TopK = Annotated[int | None, Field(ge=1, description="How many classes to list, at most all; 5 if unset.")]
+Explain = Annotated[
+    bool,
+    Field(description="Adds `undefended`, `aid_score` and `suspicious`, at the cost of extra passes."),
+]
+
+
+def _must_be_false(explain: bool) -> bool:
+    if explain:
+        raise ValueError("there is nothing to explain about a purified image: ask /classify")
+    return explain
+
+
+NoVotes = Annotated[int, Field(ge=1, le=1, description="Only 1: an image is purified by one draw.")]
+NoExplanation = Annotated[bool, AfterValidator(_must_be_false), Field(description="Only false.")]
+Size = Annotated[
+    Literal["model", "original"],
+    Field(description="The model's input size, or the upload's own (finer detail is not purified)."),
+]
+
+
+class Parameters(BaseModel):
+    """Frozen; a parameter that is not a field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelParameters(Parameters):
+    """Of every route that asks a model."""
+
+    model: Model = None
+
+
+class DetectParameters(ModelParameters):
+    """Of /detect, which runs no defense."""
+
+
+class DefenseParameters(ModelParameters):
+    """Of every route that runs a defense."""
+
+    defense: Defense = None
+    seed: Seed = None
+
+
+class ClassifyParameters(DefenseParameters):
+    """Of /classify and /classify/batch."""
+
+    votes: Votes = 1
+    top_k: TopK = None
+    explain: Explain = False
+
+
+class PurifyParameters(DefenseParameters):
+    """Of /purify. A client that sends one query to every route may send the defaults of /classify here too."""
+
+    size: Size = "model"
+    votes: NoVotes = 1
+    explain: NoExplanation = False
+
+
+class NoParameters(Parameters):
+    """Of routes that take none."""
+
+
+P = TypeVar("P", bound=Parameters)
+
+
+def read_parameters(kind: type[P], request: Request) -> P:
+    """The query of `request`. Raises InvalidParameter, with a pointer to each thing that is wrong."""
+    items = request.query_params.multi_items()
+    values = dict(items)
+    if len(values) < len(items):
+        names = [name for name, _ in items]
+        repeated = sorted({name for name in names if names.count(name) > 1 and name in kind.model_fields})
+        raise invalid(*(("query", name, "is given more than once") for name in repeated or ["unknown"]))
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_input=False)
+        raise invalid(*(("query", *_name_and_detail(kind, problem)) for problem in found[:16])) from None
+
+
+def _name_and_detail(kind: type[Parameters], problem: Any) -> tuple[str, str]:
+    name = str(problem["loc"][0])
+    if name not in kind.model_fields:
+        known = ", ".join(kind.model_fields) or "none"
+        return re.sub(r"[^A-Za-z0-9_.-]", "?", name[:64]), f"is not a parameter of this route; known: {known}"
+    return name, problem["msg"].removeprefix("Value error, ")
+
+
+def invalid(*problems: tuple[str, str, str]) -> InvalidParameter:
+    """The error for (place, name, detail) of each thing that is wrong; place is `query` or `header`."""
+    errors = [ParameterProblem(pointer=f"#/{place}/{name}", detail=detail) for place, name, detail in problems]
+    return InvalidParameter("; ".join(f"{name}: {detail}" for _, name, detail in problems), errors=errors)
+
+
+def read_timeout_s(request: Request, longest_s: float) -> float:
+    """Seconds until this request's deadline: X-Request-Timeout-Ms, capped by `longest_s`.
+
+    Raises InvalidParameter if it is not a whole number of milliseconds, DeadlineExceeded if it is 0: past.
+    """
+    text = request.headers.get("x-request-timeout-ms")
+    if text is None:
+        return longest_s
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise invalid(("header", "X-Request-Timeout-Ms", "is not a whole number of milliseconds"))
+    if int(text) == 0:
+        raise DeadlineExceeded("the deadline had passed when the request came")
+    return min(int(text) / 1000, longest_s)
+
+
+def read_accepted(request: Request, offered: tuple[str, ...]) -> str | None:
+    """The type of `offered` that the Accept header prefers, the first of equals; None if it accepts none."""
+    accept = request.headers.get("accept", "*/*") or "*/*"
+    best, best_quality = None, 0.0
+    for media_type in offered:
+        quality = _quality(media_type, accept)
+        if quality > best_quality:
+            best, best_quality = media_type, quality
+    return best
+
+
+def _quality(media_type: str, accept: str) -> float:
+    """The q of the most specific range in `accept` that covers `media_type`, else 0 (RFC 9110, 12.5.1)."""
+    found = (-1, 0.0)
+    for entry in accept.lower().split(","):
+        kind, *options = (part.strip() for part in entry.split(";"))
+        ranges = ["*/*", media_type.split("/")[0] + "/*", media_type]
+        if kind in ranges:
+            found = max(found, (ranges.index(kind), _q(options)))
+    return found[1]
+
+
+def _q(options: list[str]) -> float:
+    for option in options:
+        if option.startswith("q="):
+            try:
+                quality = float(option[2:])
+            except ValueError:
+                return 0.0
+            return quality if math.isfinite(quality) else 0.0
+    return 1.0
+
+
+def openapi_parameters(kind: type[Parameters]) -> list[dict[str, Any]]:
+    """The parameters of `kind` as OpenAPI lists them."""
+    schema = kind.model_json_schema()
+    return [
+        {
+            "name": name,
+            "in": "query",
+            "required": False,
+            "description": field.pop("description", ""),
+            "schema": {key: value for key, value in field.items() if key != "title"},
+        }
+        for name, field in schema.get("properties", {}).items()
+    ]

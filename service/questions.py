@@ -1,0 +1,243 @@
+"""One image's way through the service, step by step: `ask`, `read_upload`, `decode`, `answer`.
+
+The routes call these in this order. Everything that can be refused without the body is refused by `ask`, and whoever
+is inside its block is answered, even if a drain begins. Everything that depends on a client's bytes happens before the
+queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Generic, ParamSpec, TypeVar
+
+from fastapi import Request
+
+from models.manifest import Manifest, UnknownDefense
+from service.batching import Batcher, Completed, Item, Places
+from service.errors import ClarifierError, ClientLeft, DeadlineExceeded
+from service.gateway import Gateway, gateway_of
+from service.images import Decoded, decode_image
+from service.parameters import (
+    ClassifyParameters,
+    DefenseParameters,
+    ModelParameters,
+    PurifyParameters,
+    invalid,
+    read_parameters,
+    read_timeout_s,
+)
+from service.record import Record, record_of
+from service.repository import DescribedBundle
+from service.uploads import Account, read_image, read_images
+from service.work import Key, Operation
+
+FRESH_SEEDS = 2**53
+"""Seeds that we draw stay below this, so that JSON clients that count in doubles can send them back."""
+SLOW_DEFENSES = frozenset({"aid", "zeropur"})
+MAX_SLOW_VOTES = 8
+"""Of chains with a slow defense: 64 draws would keep the engine from everybody else for minutes."""
+
+P = TypeVar("P", bound=ModelParameters, covariant=True)
+R = TypeVar("R")
+Arguments = ParamSpec("Arguments")
+
+
+@dataclass(frozen=True, slots=True)
+class Question(Generic[P]):
+    """A request whose query and headers are sound; its body has not been read."""
+
+    gateway: Gateway
+    batcher: Batcher
+    places: Places
+    account: Account
+    record: Record
+    parameters: P
+    bundle: DescribedBundle
+    key: Key
+    deadline: float
+    """A reading of the monotonic clock."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the bundle that will answer."""
+        return self.bundle.manifest
+
+    @property
+    def keeps_upload(self) -> bool:
+        """Whether the upload is needed again when the answer is there."""
+        return isinstance(self.parameters, PurifyParameters) and self.parameters.size == "original"
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """An image that is ready for the queue, and how long it took to decode, the wait for a thread included."""
+
+    image: Decoded
+    decode_ms: float
+
+
+@contextmanager
+def ask(request: Request, operation: Operation, kind: type[P]) -> Iterator[Question[P]]:
+    """What `request` asks; inside, it is let in. Raises what its query, headers, model and the queue forbid."""
+    gateway = gateway_of(request)
+    record = record_of(request.scope)
+    parameters = read_parameters(kind, request)
+    deadline = record.started + read_timeout_s(request, gateway.settings.request_timeout_ms / 1000)
+    with gateway.let_in() as batcher, batcher.places() as places, gateway.uploads.account() as account:
+        wanted = parameters.model
+        name, bundle = gateway.catalog.find(gateway.settings.default_model if wanted is None else wanted)
+        key = _key(operation, name, bundle.manifest, parameters)
+        record.model, record.digest = name, bundle.digest
+        record.defense = key.defense if isinstance(parameters, DefenseParameters) else ""
+        yield Question(gateway, batcher, places, account, record, parameters, bundle, key, deadline)
+
+
+def _key(operation: Operation, name: str, manifest: Manifest, parameters: ModelParameters) -> Key:
+    if not isinstance(parameters, DefenseParameters):
+        return Key(operation, name)
+    wanted = manifest.default_defense if parameters.defense is None else parameters.defense
+    try:
+        defense = manifest.resolve(wanted)
+    except UnknownDefense as error:
+        raise invalid(("query", "defense", str(error))) from None
+    if not isinstance(parameters, ClassifyParameters):
+        return Key(operation, name, defense)
+    if parameters.top_k is not None and parameters.top_k > len(manifest.classes):
+        raise invalid(("query", "top_k", f"the model has {len(manifest.classes)} classes"))
+    if parameters.votes > MAX_SLOW_VOTES and not SLOW_DEFENSES.isdisjoint(step for step, _ in manifest.chain(defense)):
+        raise invalid(("query", "votes", f"is at most {MAX_SLOW_VOTES} with {' or '.join(sorted(SLOW_DEFENSES))}"))
+    votes = parameters.votes if manifest.is_random(defense) else 1
+    return Key(operation, name, defense, votes, parameters.explain)
+
+
+def draw_seed(parameters: DefenseParameters) -> int:
+    """The client's seed, or a fresh one."""
+    return secrets.randbelow(FRESH_SEEDS) if parameters.seed is None else parameters.seed
+
+
+async def read_upload(question: Question[ModelParameters], request: Request) -> bytes:
+    """The bytes of the one image, which has a place in line from now on."""
+    gateway = question.gateway
+    settings = gateway.settings
+    reading = read_image(request, question.account, gateway.decoders, settings.max_image_bytes, settings.body_timeout_s)
+    data = await _by_deadline(question.deadline, reading)
+    question.record.bytes = len(data)
+    question.batcher.reserve(question.places, 1)
+    return data
+
+
+async def read_uploads(question: Question[ModelParameters], request: Request) -> list[bytes]:
+    """The bytes of each image of a client's batch, which have places in line from now on."""
+    gateway = question.gateway
+    settings = gateway.settings
+    limits = (settings.max_batch_size, settings.max_image_bytes, settings.body_timeout_s)
+    reading = read_images(request, question.account, gateway.decoders, *limits)
+    images = await _by_deadline(question.deadline, reading)
+    question.record.bytes = sum(map(len, images))
+    question.batcher.reserve(question.places, len(images))
+    return images
+
+
+async def decode(question: Question[ModelParameters], data: bytes) -> Prepared:
+    """The upload at the model's input size."""
+    started = time.monotonic()
+    limit = question.gateway.settings.max_image_pixels
+    decoded = await in_thread(question, decode_image, data, question.manifest.input_size, limit)
+    decode_ms = 1000 * (time.monotonic() - started)
+    record = question.record
+    record.time("decode", decode_ms)
+    record.format, record.width, record.height = decoded.format, decoded.width, decoded.height
+    return Prepared(decoded, decode_ms)
+
+
+async def answer(question: Question[ModelParameters], request: Request, prepared: Prepared, seed: int) -> Completed:
+    """The engine's answer, through the queue."""
+    (outcome,) = await answer_all(question, request, [prepared], [seed])
+    if isinstance(outcome, ClarifierError):
+        raise outcome
+    return outcome
+
+
+async def answer_all(
+    question: Question[ModelParameters], request: Request, images: Sequence[Prepared], seeds: Sequence[int]
+) -> list[Completed | ClarifierError]:
+    """Answers in order, an image's own error in its place. A client who leaves takes the images out again.
+
+    Uploads that are not kept must be out of memory by now: their bytes are free for others.
+    """
+    if not question.keeps_upload:
+        question.account.release()
+    if not images:
+        return []
+    pixels = [prepared.image.pixels for prepared in images]
+    items = question.batcher.admit(question.places, question.key, pixels, seeds, question.deadline)
+    watch = asyncio.ensure_future(_withdraw_when_gone(request, question.batcher, items))
+    try:
+        outcomes = [await _outcome(question.batcher, item) for item in items]
+    except asyncio.CancelledError:
+        for item in items:
+            item.future.cancel()
+            question.batcher.withdraw(item)
+        raise
+    finally:
+        watch.cancel()
+    for outcome in outcomes:
+        if isinstance(outcome, ClientLeft):
+            raise outcome
+        if isinstance(outcome, Completed):
+            _record(question, outcome)
+    return outcomes
+
+
+async def in_thread(
+    question: Question[ModelParameters],
+    function: Callable[Arguments, R],
+    *arguments: Arguments.args,
+    **named: Arguments.kwargs,
+) -> R:
+    """`function` in a decoder thread; DeadlineExceeded if it is too late when its turn comes."""
+
+    def in_time() -> R:
+        if time.monotonic() >= question.deadline:
+            raise DeadlineExceeded
+        return function(*arguments, **named)
+
+    return await asyncio.get_running_loop().run_in_executor(question.gateway.decoders, in_time)
+
+
+async def _by_deadline(deadline: float, reading: Awaitable[R]) -> R:
+    try:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            return await reading
+    except TimeoutError:
+        raise DeadlineExceeded from None
+
+
+async def _outcome(batcher: Batcher, item: Item) -> Completed | ClarifierError:
+    try:
+        return await batcher.wait(item)
+    except ClarifierError as error:
+        return error
+
+
+async def _withdraw_when_gone(request: Request, batcher: Batcher, items: Sequence[Item]) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        continue
+    for item in items:
+        batcher.withdraw(item)
+
+
+def _record(question: Question[ModelParameters], completed: Completed) -> None:
+    """For log and metrics."""
+    record = question.record
+    record.time("queue", completed.queue_ms)
+    for stage, milliseconds in completed.stage_ms.items():
+        record.time(stage, milliseconds)
+    question.gateway.metrics.count_answer(
+        record, completed.answer, question.manifest.classes, question.manifest.aid_threshold
+    )

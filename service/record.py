@@ -1,0 +1,54 @@
+"""What is known about one request: an object that fills while it is answered, read by log and metrics."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+@dataclass(slots=True)
+class Record:
+    """One request. Names that reach a metric (`route`, `model`, `defense`, `code`) come from closed sets."""
+
+    request_id: str
+    started: float = field(default_factory=time.monotonic)
+    route: str = "other"
+    model: str = ""
+    defense: str = ""
+    """The canonical chain, as it ran."""
+    status: int = 500
+    code: str = ""
+    """The problem's code, empty for a good answer."""
+    bytes: int = 0
+    format: str = ""
+    """Detected, not declared."""
+    width: int = 0
+    height: int = 0
+    digest: str = ""
+    timing_ms: dict[str, float] = field(default_factory=dict)
+
+    def time(self, stage: str, milliseconds: float) -> None:
+        """Note how long a stage took; of several images the longest."""
+        self.timing_ms[stage] = max(milliseconds, self.timing_ms.get(stage, 0.0))
+
+    def elapsed_ms(self) -> float:
+        """Milliseconds since the request came."""
+        return 1000 * (time.monotonic() - self.started)
+
+
+def new_record(offered_id: str) -> Record:
+    """A record for a request that came now; `offered_id` is the client's request id if it is a sound one."""
+    return Record(offered_id if REQUEST_ID.fullmatch(offered_id) else uuid4().hex)
+
+
+def record_of(scope: MutableMapping[str, Any]) -> Record:
+    """The record that the middleware put into an ASGI scope."""
+    record = scope["clarifier.record"]
+    assert isinstance(record, Record)
+    return record

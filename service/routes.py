@@ -1,0 +1,339 @@
+"""The routes of the contract. Each handler reads as the way of its request, top to bottom."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from html import escape
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import HTMLResponse
+from starlette.exceptions import HTTPException
+
+from service.batching import Completed
+from service.errors import PROBLEM_JSON, ClarifierError, NoDetector, NotAcceptable, pages, problem_of
+from service.gateway import gateway_of
+from service.images import MAX_WEBP_SIDE, change_original, encode_image, encode_pixels, to_floats
+from service.parameters import (
+    ClassifyParameters,
+    DetectParameters,
+    ModelParameters,
+    NoParameters,
+    Parameters,
+    PurifyParameters,
+    openapi_parameters,
+    read_accepted,
+    read_parameters,
+)
+from service.questions import (
+    Prepared,
+    Question,
+    answer,
+    answer_all,
+    ask,
+    decode,
+    draw_seed,
+    in_thread,
+    read_upload,
+    read_uploads,
+)
+from service.schemas import (
+    BatchResponse,
+    ClassifyResponse,
+    DetectResponse,
+    HealthResponse,
+    ModelInfo,
+    ModelsResponse,
+    Problem,
+    Timing,
+    Verdict,
+    Wire,
+)
+from service.work import Classified, Detected, Floats, Operation, Pixels, Purified
+
+MODEL_SIZE_TYPES = ("image/png", "image/webp", "application/x-npy")
+ORIGINAL_SIZE_TYPES = ("image/png", "image/webp")
+"""Not floats: the original's pixels had 8 bits, and a photograph would be hundreds of megabytes of floats."""
+HUGE_TYPES = ("image/png",)
+"""For originals of more than MAX_WEBP_SIDE."""
+DEFAULT_TOP_K = 5
+BINARY: dict[str, Any] = {"type": "string", "format": "binary"}
+IMAGE_BODY: dict[str, Any] = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {"schema": {"type": "object", "required": ["image"], "properties": {"image": BINARY}}},
+        **{f"image/{kind}": {"schema": BINARY} for kind in ("jpeg", "png", "webp", "bmp")},
+    },
+}
+IMAGES_BODY: dict[str, Any] = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["images"],
+                "properties": {"images": {"type": "array", "items": BINARY}},
+            }
+        }
+    },
+}
+
+router = APIRouter(responses={"default": {"description": "A problem", "content": {PROBLEM_JSON: {}}, "model": Problem}})
+
+
+def _documented(kind: type[Parameters], body: dict[str, Any] = IMAGE_BODY) -> dict[str, Any]:
+    """What OpenAPI says about a route whose query and body we read ourselves."""
+    return {"parameters": openapi_parameters(kind), "requestBody": body}
+
+
+# --- routes that run an engine
+
+
+@router.post(
+    "/classify",
+    responses={200: {"model": ClassifyResponse}},
+    openapi_extra=_documented(ClassifyParameters),
+    summary="A defended answer: what is in the image",
+)
+async def classify(request: Request) -> Response:
+    with ask(request, Operation.CLASSIFY, ClassifyParameters) as question:
+        prepared = await decode(question, await read_upload(question, request))
+        seed = draw_seed(question.parameters)
+        completed = await answer(question, request, prepared, seed)
+        return _json(_classify_response(question, prepared, completed, seed))
+
+
+@router.post(
+    "/classify/batch",
+    responses={200: {"model": BatchResponse}},
+    openapi_extra=_documented(ClassifyParameters, IMAGES_BODY),
+    summary="Several images, an answer or a problem for each, in their order",
+)
+async def classify_batch(request: Request) -> Response:
+    with ask(request, Operation.CLASSIFY, ClassifyParameters) as question:
+        prepared = await _decode_all(question, await read_uploads(question, request))
+        sound = [image for image in prepared if isinstance(image, Prepared)]
+        seeds = [draw_seed(question.parameters) for _ in sound]
+        outcomes = await answer_all(question, request, sound, seeds)
+        answered = iter(zip(outcomes, seeds, strict=True))
+        results = [
+            _result(question, image, *next(answered)) if isinstance(image, Prepared) else _problem(question, image)
+            for image in prepared
+        ]
+        return _json(BatchResponse(request_id=question.record.request_id, results=results))
+
+
+@router.post(
+    "/purify",
+    responses={200: {"content": {kind: {"schema": BINARY} for kind in MODEL_SIZE_TYPES}}},
+    openapi_extra=_documented(PurifyParameters),
+    summary="The image without what an attack may have put into it",
+)
+async def purify(request: Request) -> Response:
+    with ask(request, Operation.PURIFY, PurifyParameters) as question:
+        media_type = _acceptable(request, MODEL_SIZE_TYPES if not question.keeps_upload else ORIGINAL_SIZE_TYPES)
+        data = await read_upload(question, request)
+        prepared = await decode(question, data)
+        original = data if question.keeps_upload else None
+        del data  # may be large
+        if original is not None and max(prepared.image.width, prepared.image.height) > MAX_WEBP_SIDE:
+            media_type = _acceptable(request, HUGE_TYPES)
+        seed = draw_seed(question.parameters)
+        completed = await answer(question, request, prepared, seed)
+        purified = completed.answer
+        assert isinstance(purified, Purified)
+        limit = question.gateway.settings.max_image_pixels
+        started = time.monotonic()
+        pixels = prepared.image.pixels
+        body = await in_thread(question, _encode, purified.image, pixels, original, media_type, limit)
+        question.record.time("encode", 1000 * (time.monotonic() - started))
+        headers = {
+            "X-Clarifier-Model": question.key.model,
+            "X-Clarifier-Defense": question.key.defense,
+            "X-Clarifier-Linf": f"{purified.linf:.6f}",
+            "X-Clarifier-Seed": str(seed),
+            "X-Content-Type-Options": "nosniff",
+        }
+        return Response(body, headers=headers, media_type=media_type)
+
+
+@router.post(
+    "/detect",
+    responses={200: {"model": DetectResponse}},
+    openapi_extra=_documented(DetectParameters),
+    summary="How natural the image looks to the AID discriminator",
+)
+async def detect(request: Request) -> Response:
+    with ask(request, Operation.DETECT, DetectParameters) as question:
+        threshold = question.manifest.aid_threshold
+        if threshold is None:
+            raise NoDetector
+        prepared = await decode(question, await read_upload(question, request))
+        completed = await answer(question, request, prepared, 0)
+        detected = completed.answer
+        assert isinstance(detected, Detected)
+        return _json(
+            DetectResponse(
+                request_id=question.record.request_id,
+                model=question.key.model,
+                digest=question.bundle.digest,
+                aid_score=detected.aid_score,
+                suspicious=detected.aid_score < threshold,
+                threshold=threshold,
+                timing_ms=_timing(question, prepared, completed),
+            )
+        )
+
+
+# --- answers
+
+
+def _json(answer: Wire) -> Response:
+    return Response(answer.model_dump_json(), media_type="application/json")
+
+
+def _classify_response(
+    question: Question[ClassifyParameters], prepared: Prepared, completed: Completed, seed: int
+) -> ClassifyResponse:
+    classified = completed.answer
+    assert isinstance(classified, Classified)
+    classes = question.manifest.classes
+    threshold = question.manifest.aid_threshold
+    score = classified.aid_score
+    top = _top(classified.probabilities, classes, question.parameters.top_k or DEFAULT_TOP_K)
+    undefended = classified.undefended
+    return ClassifyResponse(
+        request_id=question.record.request_id,
+        model=question.key.model,
+        digest=question.bundle.digest,
+        defense=question.key.defense,
+        seed=seed,
+        label=top[0].label,
+        index=top[0].index,
+        probability=top[0].probability,
+        top=top,
+        undefended=None if undefended is None else _top(undefended, classes, 1)[0],
+        aid_score=score,
+        suspicious=None if score is None or threshold is None else score < threshold,
+        timing_ms=_timing(question, prepared, completed),
+    )
+
+
+def _top(probabilities: Floats, classes: tuple[str, ...], count: int) -> list[Verdict]:
+    """The `count` likeliest classes; of equals the first."""
+    order = np.argsort(-probabilities, kind="stable")[:count].tolist()
+    return [Verdict(label=classes[i], index=i, probability=float(probabilities[i])) for i in order]
+
+
+def _timing(question: Question[ModelParameters], prepared: Prepared, completed: Completed) -> Timing:
+    return Timing(
+        decode=round(prepared.decode_ms, 3),
+        queue=round(completed.queue_ms, 3),
+        inference=round(completed.inference_ms, 3),
+        total=round(question.record.elapsed_ms(), 3),
+    )
+
+
+async def _decode_all(question: Question[ClassifyParameters], uploads: list[bytes]) -> list[Prepared | ClarifierError]:
+    return await asyncio.gather(*(_decode_or_error(question, data) for data in uploads))
+
+
+async def _decode_or_error(question: Question[ClassifyParameters], data: bytes) -> Prepared | ClarifierError:
+    try:
+        return await decode(question, data)
+    except ClarifierError as error:
+        return error
+
+
+def _result(
+    question: Question[ClassifyParameters], prepared: Prepared, outcome: Completed | ClarifierError, seed: int
+) -> ClassifyResponse | Problem:
+    if isinstance(outcome, ClarifierError):
+        return _problem(question, outcome)
+    return _classify_response(question, prepared, outcome, seed)
+
+
+def _problem(question: Question[ClassifyParameters], error: ClarifierError) -> Problem:
+    """One image of a batch failed: counted as if it had been a request of its own."""
+    question.gateway.metrics.count_refusal(error.code, error.status)
+    return problem_of(error, question.record.request_id)
+
+
+def _acceptable(request: Request, offered: tuple[str, ...]) -> str:
+    """The type of `offered` that the client prefers. Raises NotAcceptable."""
+    media_type = read_accepted(request, offered)
+    if media_type is None:
+        raise NotAcceptable(f"this purified image can be {', '.join(offered)}")
+    return media_type
+
+
+def _encode(image: Floats, model_input: Pixels, original: bytes | None, media_type: str, limit: int) -> bytes:
+    """The purified image at the model's size, or what purification changed put onto the original."""
+    if original is None:
+        return encode_image(image, media_type)
+    return encode_pixels(change_original(original, image - to_floats(model_input), limit), media_type)
+
+
+# --- what is served
+
+
+@router.get("/models", summary="What is loaded, with settings and robustness reports")
+async def models(request: Request) -> ModelsResponse:
+    read_parameters(NoParameters, request)
+    gateway = gateway_of(request)
+    catalog = gateway.catalog
+    return ModelsResponse(
+        default_model=gateway.settings.default_model,
+        models=catalog.describe_all(),
+        refused=list(catalog.refused),
+    )
+
+
+@router.get("/models/{name}", summary="The versions of one model, oldest first; or one, as name@version")
+async def model(request: Request, name: str) -> list[ModelInfo]:
+    read_parameters(NoParameters, request)
+    return gateway_of(request).catalog.describe(name)
+
+
+# --- for machines
+
+
+@router.get("/livez", summary="The process can go on")
+@router.head("/livez", include_in_schema=False)
+@router.api_route("/ping", methods=["GET", "HEAD"], include_in_schema=False)
+async def livez(request: Request) -> Response:
+    return _health("live", gateway_of(request).why_not_live())
+
+
+@router.get("/readyz", summary="Requests would be answered now")
+@router.head("/readyz", include_in_schema=False)
+@router.api_route("/healthz", methods=["GET", "HEAD"], include_in_schema=False)
+@router.api_route("/health", methods=["GET", "HEAD"], include_in_schema=False)
+async def readyz(request: Request) -> Response:
+    return _health("ready", gateway_of(request).why_not_ready())
+
+
+def _health(good: str, reason: str | None) -> Response:
+    answer = HealthResponse(status=good if reason is None else f"not {good}", reason=reason)
+    status = 200 if reason is None else 503
+    return Response(answer.model_dump_json(exclude_none=True), status, media_type="application/json")
+
+
+@router.get("/metrics", summary="Prometheus")
+@router.head("/metrics", include_in_schema=False)
+async def metrics(request: Request) -> Response:
+    page = gateway_of(request).metrics.page()
+    return Response(page, media_type="text/plain; version=1.0.0; charset=utf-8")
+
+
+@router.get("/problems/{slug}", summary="What a problem type means", response_class=HTMLResponse)
+async def problem(slug: str) -> HTMLResponse:
+    page = pages().get(slug)
+    if page is None:
+        raise HTTPException(404)
+    status, title, paragraph = page
+    return HTMLResponse(
+        f"<!doctype html><title>{slug}</title><h1>{status}: {escape(title)}</h1><p>{escape(paragraph)}</p>"
+    )

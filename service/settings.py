@@ -1,0 +1,89 @@
+"""Everything that can be set from outside, and the only file that reads the environment."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "CLARIFIER_"
+
+
+class SettingsError(ValueError):
+    """A setting that stops the start; the message is one line that names it."""
+
+
+class Settings(BaseSettings):
+    """The settings, frozen. Every field is an environment variable: `CLARIFIER_` and its name in capitals."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", allow_inf_nan=False)
+
+    model_repository: Path = Path("models/bundles")
+    """Directory of bundles, `<name>/<version>/`."""
+    default_model: Annotated[str, Field(min_length=1)] = "cifar10"
+    """The model of requests that name none: `name` (the newest version) or `name@version`."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,2})?)$")] = "auto"
+
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """0 takes any free port and prints it."""
+
+    max_batch_size: Annotated[int, Field(ge=1, le=1024)] = 32
+    """Images that run together; also the most images of one `/classify/batch`."""
+    max_queue_delay_ms: NonNegativeFloat = 2.0
+    """How long the oldest image waits for company before its batch leaves unfilled."""
+    max_queue_size: PositiveInt = 256
+    """Images that may wait; one more is answered 429."""
+    request_timeout_ms: PositiveFloat = 30_000
+    """The longest deadline of a request; `X-Request-Timeout-Ms` can only shorten it."""
+    body_timeout_s: PositiveFloat = 10.0
+    """How long a client may take to send its body."""
+
+    max_image_bytes: Annotated[int, Field(ge=1024)] = 10 * 1024 * 1024
+    max_image_pixels: Annotated[int, Field(ge=1, le=500_000_000)] = 40_000_000
+
+    drain_delay_s: NonNegativeFloat = 0.0
+    """After SIGTERM: not ready, but still accepting, until load balancers have noticed."""
+    drain_timeout_s: NonNegativeFloat = 25.0
+    """Then: how long accepted requests may take before the rest is answered 503."""
+
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["json", "text"] = "text"
+
+    @model_validator(mode="after")
+    def _contradictions(self) -> Self:
+        if self.max_batch_size > self.max_queue_size:
+            raise ValueError(_contradiction("MAX_BATCH_SIZE is larger than MAX_QUEUE_SIZE"))
+        if self.max_queue_delay_ms >= self.request_timeout_ms:
+            raise ValueError(_contradiction("MAX_QUEUE_DELAY_MS is not below REQUEST_TIMEOUT_MS"))
+        return self
+
+
+def _contradiction(sentence: str) -> str:
+    return " ".join(PREFIX + word if word.isupper() and "_" in word else word for word in sentence.split())
+
+
+def load_settings() -> Settings:
+    """The settings of the environment.
+
+    Raises SettingsError for an unknown `CLARIFIER_` name, a value out of range, or two that contradict.
+    """
+    known = {PREFIX + field.upper() for field in Settings.model_fields}
+    for name in os.environ:
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            raise SettingsError(f"{name} is not a setting of Clarifier")
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise SettingsError(_one_line(error)) from None
+
+
+def _one_line(error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    if not problem["loc"]:
+        return problem["msg"].removeprefix("Value error, ")
+    name = str(problem["loc"][0]).upper().removeprefix(PREFIX)
+    return f"{PREFIX}{name}: {problem['msg']}, not {problem['input']!r}"

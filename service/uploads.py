@@ -1,0 +1,230 @@
+"""The body of a request becomes the bytes of its image, or images, in memory and within limits.
+
+Nothing is written to disk, nothing is inflated, and file names are neither kept nor logged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
+
+from fastapi import Request
+from python_multipart.multipart import parse_options_header
+from starlette.requests import ClientDisconnect
+
+from service.errors import (
+    BodyTooLarge,
+    BodyTooSlow,
+    ClientLeft,
+    EmptyBody,
+    MalformedMultipart,
+    Overloaded,
+    TooManyImages,
+    UnsupportedMedia,
+    WrongField,
+)
+from service.schemas import ParameterProblem
+
+RAW_TYPES = ("", "application/octet-stream", "image/jpeg", "image/png", "image/webp", "image/bmp")
+"""Content types of a raw body. The bytes decide what it is anyway, so none at all (`curl -T`) is fine too."""
+FRAMING_BYTES = 16 * 1024
+"""What a multipart message may add to one image: boundaries, part headers, a long file name."""
+MAX_HEAD_BYTES = 8 * 1024
+MAX_HEAD_LINES = 16
+"""Of one part of a multipart message. Browsers send two lines."""
+BATCH_BODY_IMAGES = 4
+"""A batch's body may be this many times the limit of one image, however many images it holds."""
+BUDGET_IMAGES = 64
+"""The uploads of all requests together may have this many times the limit of one image, or two bodies of batches."""
+
+
+class ByteBudget:
+    """How many bytes of uploads are in memory, over all requests, and how many may be."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.held = 0
+
+    @contextmanager
+    def account(self) -> Iterator[Account]:
+        """The account of one request, which holds nothing any more at the end."""
+        account = Account(self)
+        try:
+            yield account
+        finally:
+            account.release()
+
+
+class Account:
+    """What one request holds of a budget."""
+
+    def __init__(self, budget: ByteBudget) -> None:
+        self._budget = budget
+        self._held = 0
+
+    def add(self, count: int) -> None:
+        """Hold `count` bytes more. Raises Overloaded if the budget has not so many left."""
+        budget = self._budget
+        if budget.held + count > budget.limit:
+            raise Overloaded("too many bytes of uploads are under way", limit=budget.limit)
+        budget.held += count
+        self._held += count
+
+    def release(self) -> None:
+        """The bytes are not in memory any more."""
+        self._budget.held -= self._held
+        self._held = 0
+
+
+async def read_image(request: Request, account: Account, parsers: Executor, max_bytes: int, timeout_s: float) -> bytes:
+    """The one image of `request`: its raw body, or its multipart field `image`, which one of `parsers` takes out.
+
+    Raises UnsupportedMedia, EmptyBody, BodyTooLarge (declared: before reading; else at the first byte over),
+    BodyTooSlow, Overloaded (the budget of `account`), MalformedMultipart, WrongField, and ClientLeft.
+    """
+    content_type, boundary = _content_type(request)
+    if boundary is None:
+        if content_type not in RAW_TYPES:
+            raise UnsupportedMedia("send an image type, application/octet-stream or multipart/form-data")
+        return await _read(request, account, max_bytes, timeout_s)
+    body = await _read(request, account, max_bytes + FRAMING_BYTES, timeout_s)
+    loop = asyncio.get_running_loop()
+    return (await loop.run_in_executor(parsers, _images_of, body, boundary, "image", 1, max_bytes))[0]
+
+
+async def read_images(
+    request: Request, account: Account, parsers: Executor, max_images: int, max_bytes: int, timeout_s: float
+) -> list[bytes]:
+    """The images of a batch, in order: 1 to `max_images` multipart fields `images` of up to `max_bytes` each.
+
+    Raises as `read_image`, and TooManyImages.
+    """
+    _, boundary = _content_type(request)
+    if boundary is None:
+        raise UnsupportedMedia("send multipart/form-data with the images in fields named images")
+    body = await _read(request, account, batch_body_bytes(max_images, max_bytes), timeout_s)
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(parsers, _images_of, body, boundary, "images", max_images, max_bytes)
+
+
+def budget_bytes(max_images: int, max_bytes: int) -> int:
+    """How many bytes of uploads may be in memory at once."""
+    return max(BUDGET_IMAGES * max_bytes, 2 * batch_body_bytes(max_images, max_bytes))
+
+
+def batch_body_bytes(max_images: int, max_bytes: int) -> int:
+    """The most bytes that the body of a batch may have."""
+    return BATCH_BODY_IMAGES * max_bytes + max_images * FRAMING_BYTES
+
+
+def _content_type(request: Request) -> tuple[str, bytes | None]:
+    """The content type, and the boundary if it is multipart. Raises UnsupportedMedia, MalformedMultipart."""
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise UnsupportedMedia("a Content-Encoding is not accepted: send the image as it is")
+    kind, options = parse_options_header(request.headers.get("content-type"))
+    if kind != b"multipart/form-data":
+        return kind.decode("latin-1"), None
+    boundary = options.get(b"boundary")
+    if not boundary:
+        raise MalformedMultipart("the content type names no boundary")
+    return "multipart/form-data", boundary
+
+
+async def _read(request: Request, account: Account, limit: int, timeout_s: float) -> bytes:
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > limit:
+        raise BodyTooLarge(f"the body may have {limit} bytes", limit=limit, actual=int(declared))
+    try:
+        async with asyncio.timeout(timeout_s):
+            body = await _read_until(request, account, limit)
+    except TimeoutError:
+        raise BodyTooSlow(f"the body must arrive within {timeout_s:g} s") from None
+    except ClientDisconnect:
+        raise ClientLeft from None
+    if not body:
+        raise EmptyBody
+    return body
+
+
+async def _read_until(request: Request, account: Account, limit: int) -> bytes:
+    chunks = list[bytes]()
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit:
+            raise BodyTooLarge(f"the body may have {limit} bytes", limit=limit)
+        account.add(len(chunk))
+        chunks.append(chunk)
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def _images_of(body: bytes, boundary: bytes, field: str, max_images: int, max_bytes: int) -> list[bytes]:
+    """The files of a multipart body; stops at the first part that may not be there."""
+    images = list[bytes]()
+    for head, content in _parts(body, boundary):
+        _check_part(head, field)
+        if len(images) == max_images:
+            raise _too_many(field, max_images)
+        if field == "image" and not content:
+            raise _wrong_field("image", "the file in the field image is empty")
+        if len(content) > max_bytes:
+            raise BodyTooLarge(f"an image may have {max_bytes} bytes", limit=max_bytes, actual=len(content))
+        images.append(bytes(content))
+    if not images:
+        raise _wrong_field(field, f"a file named {field} is missing")
+    return images
+
+
+def _parts(body: bytes, boundary: bytes) -> Iterator[tuple[bytes, memoryview]]:
+    """Head and content of each part (RFC 2046, 5.1.1), found by searching: no step is made per byte of content.
+
+    Nothing may stand before the first boundary; what follows the last is not looked at. Raises MalformedMultipart.
+    """
+    delimiter = b"\r\n--" + boundary
+    if not body.startswith(delimiter[2:]):
+        raise MalformedMultipart("the message does not start with its boundary")
+    position = len(delimiter) - 2
+    while body[position : position + 2] != b"--":
+        start = position + 2
+        head_end = body.find(b"\r\n\r\n", position, start + MAX_HEAD_BYTES)
+        if body[position:start] != b"\r\n" or head_end < 0:
+            raise MalformedMultipart("a part has no head, or one that is too long")
+        end = body.find(delimiter, head_end + 4)
+        if end < 0:
+            raise MalformedMultipart("the closing boundary is missing")
+        yield body[start:head_end], memoryview(body)[head_end + 4 : end]
+        position = end + len(delimiter)
+
+
+def _check_part(head: bytes, field: str) -> None:
+    """Raises MalformedMultipart or WrongField unless `head` is that of a file in `field`."""
+    lines = head.split(b"\r\n")
+    if len(lines) > MAX_HEAD_LINES or not all(b":" in line for line in lines):
+        raise MalformedMultipart("the head of a part cannot be read")
+    headers = {name.strip().lower(): value for name, _, value in (line.partition(b":") for line in lines)}
+    _, options = parse_options_header(headers.get(b"content-disposition", b""))
+    name = options.get(b"name")
+    if name is None:
+        raise MalformedMultipart("a part has no name")
+    if name != field.encode():
+        raise _wrong_field(_printable(name), f"the image goes into a field named {field}")
+    if b"filename" not in options:
+        raise MalformedMultipart(f"{field} is a text field: send it as a file, with a file name")
+
+
+def _too_many(field: str, max_images: int) -> WrongField | TooManyImages:
+    if field == "image":
+        return _wrong_field("image", "exactly one image is expected")
+    return TooManyImages(f"a request may hold {max_images} images", limit=max_images)
+
+
+def _wrong_field(name: str, detail: str) -> WrongField:
+    return WrongField(detail, errors=[ParameterProblem(pointer=f"#/form/{name}", detail=detail)])
+
+
+def _printable(name: bytes) -> str:
+    """A field name that is safe to show: ASCII letters, digits and a few marks, at most 64 of them."""
+    return re.sub(r"[^A-Za-z0-9._\[\]-]", "?", name[:64].decode("latin-1"))

@@ -1,0 +1,81 @@
+"""What passes between a gateway and an engine: what is asked, and what is answered. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.errors import ClarifierError
+
+Pixels = NDArray[np.uint8]
+"""Of one image: (H, W, 3), RGB."""
+Floats = NDArray[np.float32]
+"""Of one image: (H, W, 3) in [0, 1]; or of its classes: probabilities (K,)."""
+
+
+class Operation(StrEnum):
+    """What is done with an image."""
+
+    CLASSIFY = "classify"
+    PURIFY = "purify"
+    DETECT = "detect"
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What images must agree on to run in one batch."""
+
+    operation: Operation
+    model: str
+    """`name@version` of a loaded bundle."""
+    defense: str = "none"
+    """Canonical chain, as `Manifest.resolve` writes it."""
+    votes: int = 1
+    explain: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Classified:
+    """Probabilities (K,); the two extras only where they were asked for (and the bundle has an AID)."""
+
+    probabilities: Floats
+    undefended: Floats | None = None
+    aid_score: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Purified:
+    """The purified image (H, W, 3) in [0, 1], and its L-infinity distance to the model input."""
+
+    image: Floats
+    linf: float
+
+
+@dataclass(frozen=True, slots=True)
+class Detected:
+    """The probability that the image is natural."""
+
+    aid_score: float
+
+
+Answer = Classified | Purified | Detected
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What an engine made of a batch: an outcome per image, in order, and the milliseconds of each of its stages."""
+
+    outcomes: Sequence[Answer | ClarifierError]
+    stage_ms: Mapping[str, float] = field(default_factory=dict)
+
+
+class EngineFault(Exception):
+    """A batch failed in a way the engine has a name for: `kind` is oom, cuda or other."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
+        self.kind = kind

@@ -1,0 +1,553 @@
+"""Who goes next, and that everybody is answered."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from service.batching import Batcher, Completed, Item, WaitingLine
+from service.errors import (
+    ClarifierError,
+    ClientLeft,
+    DeadlineExceeded,
+    Draining,
+    InferenceFailed,
+    NotFinite,
+    NotReady,
+    Overloaded,
+)
+from service.metrics import Metrics
+from service.work import Answer, Detected, EngineFault, Key, Operation, Pixels, Ran
+
+KEYS = [Key(Operation.DETECT, f"model@{version}") for version in (1, 2, 3)]
+A, B, _ = KEYS
+IMAGE: Pixels = np.zeros((1, 1, 3), np.uint8)
+
+
+# --- the line, with a clock of our own
+
+
+def item(key: Key = A, *, at: float = 0.0) -> Item:
+    return Item(key, IMAGE, 0, 1e9, at, asyncio.Future(loop=LOOP))
+
+
+LOOP = asyncio.new_event_loop()
+LOOP.close()  # futures need one; nothing ever runs on it
+
+
+def test_a_batch_leaves_when_it_is_full() -> None:
+    line = WaitingLine(max_batch_size=2, max_delay_s=10)
+    items = [item(at=t) for t in (0, 1, 2)]
+    line.add(items[:1])
+    assert line.take(5) == []
+    line.add(items[1:])
+    assert line.take(5) == items[:2]
+    assert line.depth == 1
+
+
+def test_a_batch_leaves_when_its_oldest_item_has_waited_long_enough() -> None:
+    line = WaitingLine(max_batch_size=8, max_delay_s=10)
+    items = [item(at=1), item(at=4)]
+    line.add(items)
+    assert line.wait_s(4) == 7
+    assert line.take(10.9) == []
+    assert line.take(11) == items
+    assert line.wait_s(11) is None
+
+
+def test_different_keys_never_share_a_batch() -> None:
+    line = WaitingLine(max_batch_size=8, max_delay_s=1)
+    items = [item(A, at=0), item(B, at=0.1), item(A, at=0.2)]
+    line.add(items)
+    assert line.take(5) == [items[0], items[2]]
+    assert line.take(5) == [items[1]]
+
+
+def test_a_full_group_may_overtake_a_waiting_one_but_not_a_due_one() -> None:
+    def line() -> tuple[WaitingLine, Item, list[Item]]:
+        one, two = item(A, at=0), [item(B, at=1), item(B, at=2)]
+        made = WaitingLine(max_batch_size=2, max_delay_s=10)
+        made.add([one, *two])
+        return made, one, two
+
+    early, _, full = line()
+    assert early.take(3) == full
+    late, oldest, _ = line()
+    assert late.take(10) == [oldest]
+
+
+def test_a_batch_is_limited_by_its_work() -> None:
+    line = WaitingLine(max_batch_size=32, max_delay_s=10)
+    for votes, expected in ((1, 32), (5, 6), (32, 1), (64, 1)):
+        key = Key(Operation.CLASSIFY, "model@1", "atop", votes)
+        line.add([item(key) for _ in range(40)])
+        assert len(line.take(0)) == expected  # full: it leaves before the delay is over
+        line.clear()
+
+
+def test_a_draining_line_does_not_wait_for_company() -> None:
+    line = WaitingLine(max_batch_size=8, max_delay_s=10)
+    items = [item()]
+    line.add(items)
+    assert line.take(0, at_once=True) == items
+
+
+class LineMachine(RuleBasedStateMachine):
+    """Any order of arrivals, departures and batches: nobody is lost, doubled, mixed, starved or overtaken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.size, self.delay = 3, 5.0
+        self.line = WaitingLine(self.size, self.delay)
+        self.waiting: list[Item] = []
+
+    @rule(keys=st.lists(st.sampled_from(KEYS), min_size=1, max_size=4))
+    def arrive(self, keys: list[Key]) -> None:
+        items = [item(key, at=self.now) for key in keys]
+        self.line.add(items)
+        self.waiting += items
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        gone = data.draw(st.sampled_from(self.waiting))
+        self.line.discard(gone)
+        self.line.discard(gone)  # twice is harmless
+        self.waiting.remove(gone)
+
+    @rule(seconds=st.floats(0, 3))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule(at_once=st.booleans())
+    def take(self, at_once: bool) -> None:
+        batch = self.line.take(self.now, at_once=at_once)
+        oldest = min(self.waiting, key=lambda one: one.enqueued_at, default=None)
+        groups = {key: [one for one in self.waiting if one.key == key] for key in KEYS}
+        if oldest is None:
+            assert not batch
+            return
+        due = at_once or self.now >= oldest.enqueued_at + self.delay
+        if not batch:
+            assert not due
+            assert all(len(group) < self.size for group in groups.values())
+            return
+        group = groups[batch[0].key]
+        assert batch == group[: self.size]  # one key, first come first served
+        assert len(batch) == self.size or due
+        if due:
+            assert batch[0].enqueued_at == oldest.enqueued_at
+        self.waiting = [one for one in self.waiting if one not in batch]
+
+    @invariant()
+    def depth_is_how_many_wait(self) -> None:
+        assert self.line.depth == len(self.waiting)
+
+    def teardown(self) -> None:
+        left = self.line.clear()
+        assert sorted(map(id, left)) == sorted(map(id, self.waiting))
+        assert self.line.depth == 0
+
+
+LineMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestLine = LineMachine.TestCase
+
+
+# --- the batcher, with a real thread and a fake engine
+
+
+class FakeEngine:
+    """Answers an image with its own first sample. Values name misbehaviors; `gate` holds the engine."""
+
+    RAISES, NAN, SHORT, FATAL, OOM = 201, 202, 203, 204, 205
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+        self.second_gate = threading.Event()
+        self.second_gate.set()
+        self.hold_after = 0
+        self.batches: list[list[int]] = []
+
+    def run(self, key: Key, images: Sequence[Pixels], seeds: Sequence[int]) -> Ran:
+        values = [int(image[0, 0, 0]) for image in images]
+        self.batches.append(values)
+        self.entered.set()
+        assert self.gate.wait(20)
+        assert len(self.batches) <= self.hold_after or self.second_gate.wait(20)
+        if self.RAISES in values:
+            raise RuntimeError("raised on purpose")
+        if self.OOM in values:
+            raise EngineFault("oom")
+        if self.FATAL in values:
+            raise SystemExit
+        answers: list[Answer | ClarifierError] = [
+            NotFinite() if value == self.NAN else Detected(float(value)) for value in values
+        ]
+        return Ran(answers[1:] if self.SHORT in values else answers, {"classify": 3.0})
+
+
+@asynccontextmanager
+async def started(engine: FakeEngine, **settings: Any) -> AsyncIterator[Batcher]:
+    options: dict[str, Any] = {"max_batch_size": 4, "max_queue_delay_ms": 1, "max_queue_size": 16}
+    batcher = Batcher(engine.run, engine_name="fake", metrics=Metrics(), **(options | settings))
+    batcher.start()
+    try:
+        yield batcher
+    finally:
+        engine.gate.set()
+        await batcher.stop(20)
+
+
+def image(value: int) -> Pixels:
+    return np.full((1, 1, 3), value, np.uint8)
+
+
+async def submit(batcher: Batcher, value: int, *, key: Key = A, seconds: float = 20) -> Completed:
+    (one,) = admit(batcher, [value], key=key, seconds=seconds)
+    return await batcher.wait(one)
+
+
+def admit(batcher: Batcher, values: Sequence[int], *, key: Key = A, seconds: float = 20) -> list[Item]:
+    """Reserve and take a place for each value."""
+    with batcher.places() as places:
+        batcher.reserve(places, len(values))
+        images = [image(value) for value in values]
+        return batcher.admit(places, key, images, [0] * len(values), time.monotonic() + seconds)
+
+
+async def outcome(awaitable: Awaitable[Completed]) -> float | type[ClarifierError]:
+    """The score, or the class of the error."""
+    try:
+        completed = await awaitable
+    except ClarifierError as error:
+        return type(error)
+    assert isinstance(completed.answer, Detected)
+    return completed.answer.aid_score
+
+
+async def outcomes(batcher: Batcher, values: Sequence[int]) -> list[float | type[ClarifierError]]:
+    return await asyncio.gather(*(outcome(submit(batcher, value)) for value in values))
+
+
+async def hold(engine: FakeEngine, batcher: Batcher) -> asyncio.Task[float | type[ClarifierError]]:
+    """Keep the engine busy with one item (value 0) until its gate opens."""
+    engine.gate.clear()
+    engine.entered.clear()
+    task = asyncio.create_task(outcome(submit(batcher, 0)))
+    await eventually(engine.entered.is_set)
+    return task
+
+
+async def eventually(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+def test_everybody_gets_their_own_answer_and_its_costs() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        async with started(engine) as batcher:
+            assert await outcomes(batcher, range(1, 13)) == list(range(1, 13))
+            assert all(len(batch) <= 4 for batch in engine.batches)
+            completed = await submit(batcher, 5)
+            assert completed.batch_size == 1
+            assert completed.stage_ms == {"classify": 3.0}
+            assert completed.queue_ms >= 0
+            assert completed.inference_ms >= 0
+
+    asyncio.run(scenario())
+
+
+def test_waiting_items_are_batched_while_the_engine_is_busy() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        async with started(engine) as batcher:
+            held = await hold(engine, batcher)
+            others = asyncio.create_task(outcomes(batcher, [1, 2, 3, 4, 5]))
+            await eventually(lambda: batcher.depth == 5)
+            engine.gate.set()
+            assert await others == [1, 2, 3, 4, 5]
+            assert await held == 0
+            assert engine.batches == [[0], [1, 2, 3, 4], [5]]
+            assert batcher.depth == 0
+
+    asyncio.run(scenario())
+
+
+def test_row_48_ten_times_the_capacity_is_429_for_the_excess_and_an_answer_for_the_rest() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        async with started(engine, max_queue_size=16) as batcher:
+            held = await hold(engine, batcher)
+            others = [asyncio.create_task(outcome(submit(batcher, 1 + i % 100))) for i in range(160)]
+            await eventually(lambda: sum(task.done() for task in others) == 144)
+            assert [await task for task in others if task.done()] == [Overloaded] * 144
+            assert batcher.depth == 16
+            with pytest.raises(Overloaded):
+                batcher.check_open()
+            engine.gate.set()
+            answers = [await task for task in others]
+            assert [a for a in answers if a is not Overloaded] == [1 + i % 100 for i in range(16)]
+            assert await held == 0
+            assert await outcome(submit(batcher, 7)) == 7  # recovered
+
+    asyncio.run(scenario())
+
+
+def test_a_clients_batch_is_admitted_as_a_whole_or_not_at_all() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        async with started(engine, max_queue_size=4) as batcher:
+            held = await hold(engine, batcher)
+            with pytest.raises(Overloaded):
+                admit(batcher, [1] * 5)
+            assert batcher.depth == 0
+            engine.gate.set()
+            await held
+
+    asyncio.run(scenario())
+
+
+def test_row_50_an_item_whose_deadline_passes_is_504_and_never_reaches_the_engine() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        async with started(engine) as batcher:
+            held = await hold(engine, batcher)
+            assert await outcome(submit(batcher, 1, seconds=0.03)) is DeadlineExceeded
+            assert batcher.depth == 0
+            with pytest.raises(DeadlineExceeded):
+                admit(batcher, [1], seconds=-1)
+            engine.gate.set()
+            assert await held == 0
+            assert await outcome(submit(batcher, 2)) == 2
+            assert engine.batches == [[0], [2]]
+
+    asyncio.run(scenario())
+
+
+def test_an_item_that_runs_when_its_deadline_passes_is_504() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        engine.gate.clear()
+        async with started(engine) as batcher:
+            assert await outcome(submit(batcher, 1, seconds=0.05)) is DeadlineExceeded
+            assert engine.batches == [[1]]
+
+    asyncio.run(scenario())
+
+
+def test_row_11_a_client_that_leaves_costs_nothing_and_harms_nobody() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        async with started(engine) as batcher:
+            held = await hold(engine, batcher)
+            leaving = admit(batcher, [1])
+            cancelled = asyncio.create_task(outcome(submit(batcher, 2)))
+            staying = asyncio.create_task(outcome(submit(batcher, 3)))
+            await eventually(lambda: batcher.depth == 3)
+            batcher.withdraw(leaving[0])
+            cancelled.cancel()
+            assert await outcome(batcher.wait(leaving[0])) is ClientLeft
+            await eventually(lambda: batcher.depth == 1)
+            engine.gate.set()
+            assert (await held, await staying) == (0, 3)
+            assert engine.batches == [[0], [3]]
+
+    asyncio.run(scenario())
+
+
+def test_row_52_one_poisoned_item_fails_alone() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        async with started(engine) as batcher:
+            held = await hold(engine, batcher)
+            others = asyncio.create_task(outcomes(batcher, [1, engine.RAISES, 2, 3]))
+            await eventually(lambda: batcher.depth == 4)
+            engine.gate.set()
+            assert await others == [1, InferenceFailed, 2, 3]
+            assert await held == 0
+            assert batcher._metrics.engine_errors.labels("fake", "other")._value.get() == 2
+
+    asyncio.run(scenario())
+
+
+def test_each_retry_is_answered_as_it_ends_and_shows_that_the_engine_is_alive() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        async with started(engine) as batcher:
+            held = await hold(engine, batcher)
+            others = [asyncio.create_task(outcome(submit(batcher, value))) for value in (1, engine.RAISES, 2)]
+            await eventually(lambda: batcher.depth == 3)
+            engine.hold_after = 3  # held, the batch, the first retry
+            engine.second_gate.clear()
+            engine.gate.set()
+            assert await others[0] == 1
+            await held
+            await eventually(lambda: len(engine.batches) == 4)
+            assert not others[1].done()
+            assert batcher.silence_s < 20
+            engine.second_gate.set()
+            assert [await other for other in others] == [1, InferenceFailed, 2]
+
+    asyncio.run(scenario())
+
+
+def test_row_46_an_answer_that_is_not_finite_fails_alone_without_a_second_run() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        async with started(engine) as batcher:
+            held = await hold(engine, batcher)
+            others = asyncio.create_task(outcomes(batcher, [1, engine.NAN, 2]))
+            await eventually(lambda: batcher.depth == 3)
+            engine.gate.set()
+            assert await others == [1, NotFinite, 2]
+            assert engine.batches[1:] == [[1, engine.NAN, 2]]
+            await held
+            assert batcher._metrics.engine_errors.labels("fake", "nan")._value.get() == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_batch_of_the_wrong_length_gives_nobody_anothers_answer() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        async with started(engine) as batcher:
+            held = await hold(engine, batcher)
+            others = asyncio.create_task(outcomes(batcher, [1, engine.SHORT, 2]))
+            await eventually(lambda: batcher.depth == 3)
+            engine.gate.set()
+            assert await others == [1, InferenceFailed, 2]
+            await held
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_fault_is_counted_by_its_kind() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        async with started(engine) as batcher:
+            assert await outcome(submit(batcher, engine.OOM)) is InferenceFailed
+            assert batcher._metrics.engine_errors.labels("fake", "oom")._value.get() == 1
+
+    asyncio.run(scenario())
+
+
+def test_row_53_an_exception_inside_the_loop_is_survived(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        async with started(engine) as batcher:
+            broken = threading.Event()
+
+            def break_once(_: object) -> None:
+                if not broken.is_set():
+                    broken.set()
+                    raise RuntimeError("injected")
+
+            monkeypatch.setattr(batcher._metrics.batch_size, "observe", break_once)
+            assert await outcome(submit(batcher, 1)) is InferenceFailed  # answered, not left waiting
+            assert broken.is_set()
+            assert await outcome(submit(batcher, 2)) == 2
+            assert batcher.silence_s < 20
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # SystemExit ends it
+def test_row_53_a_loop_that_ends_answers_everybody_and_takes_readiness_with_it() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        async with started(engine, max_batch_size=1) as batcher:
+            held = await hold(engine, batcher)
+            fatal = asyncio.create_task(outcome(submit(batcher, engine.FATAL)))
+            behind = asyncio.create_task(outcome(submit(batcher, 1)))
+            await eventually(lambda: batcher.depth == 2)
+            engine.gate.set()
+            assert (await held, await fatal, await behind) == (0, InferenceFailed, NotReady)
+            await eventually(lambda: batcher.silence_s == float("inf"))
+            with pytest.raises(NotReady):
+                batcher.check_open()
+
+    asyncio.run(scenario())
+
+
+def test_a_drain_hurries_and_the_engine_ends_when_nobody_else_will_come() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        async with started(engine, max_queue_delay_ms=60_000) as batcher:
+            waiting = asyncio.create_task(outcome(submit(batcher, 1)))
+            await eventually(lambda: batcher.depth == 1)
+            batcher.drain()
+            assert await waiting == 1
+            assert await outcome(submit(batcher, 2)) == 2  # it was let in before the drain
+            assert batcher.alive
+            batcher.finish()
+            with pytest.raises(Draining):
+                admit(batcher, [3])
+            await eventually(lambda: not batcher.alive)
+
+    asyncio.run(scenario())
+
+
+def test_what_is_left_when_the_drain_time_is_over_is_answered_503() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        async with started(engine) as batcher:
+            running = await hold(engine, batcher)
+            waiting = asyncio.create_task(outcome(submit(batcher, 1)))
+            await eventually(lambda: batcher.depth == 1)
+            await batcher.stop(0.01)
+            assert (await running, await waiting) == (Draining, Draining)
+
+    asyncio.run(scenario())
+
+
+def test_the_engine_beats_while_idle_and_shows_when_it_is_stuck() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        async with started(engine) as batcher:
+            await asyncio.sleep(1.2)
+            assert batcher.silence_s < 1.1  # it would be 1.2 without a beat
+            held = await hold(engine, batcher)
+            assert batcher.busy
+            before = batcher.silence_s
+            await asyncio.sleep(0.05)
+            assert batcher.silence_s > before
+            engine.gate.set()
+            await held
+
+    asyncio.run(scenario())
+
+
+def test_thousands_of_random_clients_get_their_own_answers() -> None:
+    async def client(batcher: Batcher, number: int) -> None:
+        value = number % 200
+        task = asyncio.create_task(outcome(submit(batcher, value, key=KEYS[number % 3])))
+        if number % 7 == 0:
+            await asyncio.sleep(number % 5 / 1000)
+            task.cancel()
+            return
+        assert await task in (value, Overloaded)
+
+    async def scenario() -> None:
+        engine = FakeEngine()
+        async with started(engine, max_queue_size=200, max_batch_size=8) as batcher:
+            for wave in range(10):
+                await asyncio.gather(*(client(batcher, 300 * wave + i) for i in range(300)))
+            await eventually(lambda: batcher.depth == 0)
+            assert await outcome(submit(batcher, 9)) == 9
+
+    asyncio.run(scenario())

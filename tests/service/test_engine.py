@@ -1,0 +1,186 @@
+"""A batch of images in, an answer for each out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from service.engine import DeviceUnavailable, Engine, choose_device
+from service.errors import NotFinite
+from service.images import to_floats
+from service.work import Classified, Detected, EngineFault, Key, Operation, Pixels, Purified
+from tests.networks import SIZE, tiny_bundle
+from tests.service.fakes import CLASSES, NAN_VALUE, SIDE, FakeBundle, fake_manifest, green, marked
+
+NAME = "colors@1"
+CLASSIFY = Key(Operation.CLASSIFY, NAME)
+
+
+def engine(bundle: FakeBundle | None = None) -> Engine:
+    return Engine({NAME: bundle or FakeBundle()}, torch.device("cpu"))
+
+
+def run(key: Key, pixels: Sequence[Pixels], seeds: Sequence[int], bundle: FakeBundle | None = None) -> list[object]:
+    """The outcomes of one batch."""
+    return list(engine(bundle).run(key, pixels, seeds).outcomes)
+
+
+def images(count: int) -> list[Pixels]:
+    rng = np.random.default_rng(0)
+    return list(rng.integers(10, 256, (count, SIDE, SIDE, 3), dtype=np.uint8))
+
+
+def test_classify_gives_each_image_its_own_probabilities() -> None:
+    pixels = images(3)
+    answers = run(CLASSIFY, pixels, [0, 0, 0])
+    for image, answer in zip(pixels, answers, strict=True):
+        assert isinstance(answer, Classified)
+        expected = torch.softmax(torch.from_numpy(10 * to_floats(image).mean((0, 1))), 0)
+        assert np.allclose(answer.probabilities, expected, atol=1e-5)
+        assert (answer.undefended, answer.aid_score) == (None, None)
+
+
+def test_explain_adds_the_undefended_answer_and_the_score() -> None:
+    key = Key(Operation.CLASSIFY, NAME, "atop", explain=True)
+    (answer,) = run(key, [green()], [0])
+    assert isinstance(answer, Classified)
+    (bare,) = run(CLASSIFY, [green()], [0])
+    assert isinstance(bare, Classified)
+    assert answer.undefended is not None
+    assert np.allclose(answer.undefended, bare.probabilities)
+    assert not np.allclose(answer.probabilities, bare.probabilities)
+    assert answer.aid_score == pytest.approx(to_floats(green()).mean(), abs=1e-5)
+
+
+def test_explain_without_a_detector_has_no_score() -> None:
+    bundle = FakeBundle(fake_manifest(aid=False))
+    (answer,) = run(Key(Operation.CLASSIFY, NAME, explain=True), [green()], [0], bundle)
+    assert isinstance(answer, Classified)
+    assert answer.aid_score is None
+    assert answer.undefended is not None
+
+
+def test_purify_gives_images_and_their_distance_to_the_input() -> None:
+    pixels = images(2)
+    answers = run(Key(Operation.PURIFY, NAME, "zeropur"), pixels, [0, 0])
+    for image, answer in zip(pixels, answers, strict=True):
+        assert isinstance(answer, Purified)
+        expected = to_floats(image[::-1])
+        assert np.allclose(answer.image, expected, atol=1e-6)
+        assert answer.linf == pytest.approx(abs(expected - to_floats(image)).max(), abs=1e-6)
+
+
+def test_detect_gives_the_score() -> None:
+    (answer,) = run(Key(Operation.DETECT, NAME), [green()], [0])
+    assert isinstance(answer, Detected)
+    assert answer.aid_score == pytest.approx(to_floats(green()).mean(), abs=1e-5)
+
+
+def test_the_same_image_and_seed_give_the_same_answer_alone_and_among_others() -> None:
+    key = Key(Operation.PURIFY, NAME, "atop")
+    pixels = images(5)
+    (alone,) = run(key, [pixels[3]], [2**64 - 1])
+    among = run(key, pixels, [1, 2, 3, 2**64 - 1, 5])[3]
+    other_seed = run(key, [pixels[3]], [7])[0]
+    assert isinstance(alone, Purified)
+    assert isinstance(among, Purified)
+    assert isinstance(other_seed, Purified)
+    assert np.allclose(alone.image, among.image)
+    assert not np.allclose(alone.image, other_seed.image)
+
+
+@pytest.mark.parametrize("operation", [Operation.CLASSIFY, Operation.PURIFY])
+def test_row_46_an_answer_that_is_not_finite_is_an_error_of_that_image_only(operation: Operation) -> None:
+    answers = run(Key(operation, NAME), [green(), marked(NAN_VALUE), green()], [0, 0, 0])
+    assert [isinstance(answer, NotFinite) for answer in answers] == [False, True, False]
+
+
+def test_votes_and_seeds_reach_the_bundle(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[object]()
+
+    def probabilities(defense: str, images: Tensor, votes: int = 1, seed: int | Sequence[int] | None = None) -> Tensor:
+        seen.append((defense, tuple(images.shape), images.dtype, votes, seed))
+        return torch.full((len(images), len(CLASSES)), 1 / 3)
+
+    bundle = FakeBundle()
+    monkeypatch.setattr(bundle, "probabilities", probabilities)
+    engine(bundle).run(Key(Operation.CLASSIFY, NAME, "atop:rt1", votes=7), images(2), [5, 6])
+    assert seen == [("atop:rt1", (2, 3, SIDE, SIDE), torch.float32, 7, [5, 6])]
+
+
+def test_gradients_are_left_to_the_bundle(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = list[tuple[bool, bool]]()
+
+    def purify(defense: str, images: Tensor, seed: int | Sequence[int] | None = None) -> Tensor:
+        modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+        return images.clone().requires_grad_()
+
+    bundle = FakeBundle()
+    monkeypatch.setattr(bundle, "purify", purify)
+    assert isinstance(run(Key(Operation.PURIFY, NAME), [green()], [0], bundle)[0], Purified)
+    assert modes == [(True, False)]
+
+
+def test_running_out_of_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: object, **__: object) -> Tensor:
+        raise torch.OutOfMemoryError("none left")
+
+    bundle = FakeBundle()
+    monkeypatch.setattr(bundle, "probabilities", exhausted)
+    with pytest.raises(EngineFault) as caught:
+        engine(bundle).run(CLASSIFY, [green()], [0])
+    assert caught.value.kind == "oom"
+
+
+def test_warming_runs_every_defense_at_every_size() -> None:
+    bundle = FakeBundle()
+    engine(bundle).warm([1, 4])
+    calls = 1 + 3 * 2 + 1  # none; atop, aid and zeropur, which are purified and classified apart; and detection
+    assert sorted(bundle.batches) == [1] * calls + [4] * calls
+
+
+def test_devices_are_chosen_or_refused() -> None:
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(DeviceUnavailable, match="CLARIFIER_DEVICE"):
+        choose_device("cuda:99")
+
+
+def test_explaining_no_defense_runs_the_classifier_once() -> None:
+    bundle = FakeBundle(fake_manifest(aid=False))
+    run(Key(Operation.CLASSIFY, NAME, explain=True), [green()], [0], bundle)
+    assert bundle.batches == [1]
+
+
+@pytest.mark.parametrize(
+    ("key", "stages"),
+    [
+        (CLASSIFY, ["classify"]),
+        (Key(Operation.CLASSIFY, NAME, "atop"), ["purify", "classify"]),
+        (Key(Operation.CLASSIFY, NAME, "atop", votes=2), ["classify"]),
+        (Key(Operation.PURIFY, NAME, "atop"), ["purify"]),
+        (Key(Operation.DETECT, NAME), ["classify"]),
+    ],
+)
+def test_stages_are_timed_apart(key: Key, stages: list[str]) -> None:
+    bundle = FakeBundle()
+    bundle.delay_s = 0.02
+    stage_ms = engine(bundle).run(key, [green()], [0]).stage_ms
+    assert list(stage_ms) == stages
+    assert all(milliseconds >= 20 for milliseconds in stage_ms.values())
+
+
+def test_purifying_apart_gives_the_bundles_own_answer() -> None:
+    bundle = tiny_bundle()
+    pixels = list(np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), dtype=np.uint8))
+    key = Key(Operation.CLASSIFY, "tiny@1", "atop,aid")
+    outcomes = Engine({"tiny@1": bundle}, torch.device("cpu")).run(key, pixels, [4, 5, 6]).outcomes
+    images = torch.from_numpy(to_floats(np.stack(pixels))).permute(0, 3, 1, 2)
+    expected = bundle.probabilities("atop,aid", images, seed=[4, 5, 6])
+    for outcome, row in zip(outcomes, expected, strict=True):
+        assert isinstance(outcome, Classified)
+        assert np.allclose(outcome.probabilities, row, atol=1e-5)

@@ -1,0 +1,127 @@
+"""What Prometheus reads: the names of the contract, and labels from closed sets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from service.metrics import Metrics, defense_label
+from service.record import new_record
+from service.work import Classified, Detected
+from tests.service.conftest import Running, until
+from tests.service.fakes import POISON_VALUE, green, marked, png
+
+GOOD = png(green())
+README = Path(__file__).parents[2] / "service" / "README.md"
+CONTRACT = {
+    "requests_total", "request_duration_seconds", "stage_duration_seconds", "batch_size", "queue_depth",
+    "rejected_total", "aid_score", "suspicious_total", "flips_total", "predictions_total",
+    "engine_errors_total", "device_memory_bytes", "model_info",
+}  # fmt: skip
+
+
+def families(page: str) -> set[str]:
+    """Names after `# TYPE clarifier_`."""
+    return {name for name in re.findall(r"^# TYPE clarifier_(\S+)", page, re.M) if not name.endswith("_created")}
+
+
+def test_the_names_are_those_of_the_contract(service: Running) -> None:
+    assert families(service.client.get("/metrics").text) == CONTRACT
+
+
+def test_the_documentation_lists_the_same_names() -> None:
+    documented = set(re.findall(r"^\| `clarifier_(\w+?)(?:\{[^}]*\})?`", README.read_text(), re.M))
+    assert documented == CONTRACT
+
+
+def test_a_good_answer_is_counted_with_its_stages(start: Callable[..., Running]) -> None:
+    server = start()
+    assert server.client.post("/classify?defense=aid", content=GOOD).status_code == 200
+    assert server.client.post("/purify?defense=aid", content=GOOD).status_code == 200
+    labels = {"route": "/classify", "model": "colors@1", "defense": "aid", "status": "200"}
+    until(lambda: server.metric("clarifier_stage_duration_seconds_count", stage="encode") == 1)
+    assert server.metric("clarifier_requests_total", **labels) == 1
+    assert server.metric("clarifier_request_duration_seconds_count", route="/classify") == 1
+    counts = {
+        stage: server.metric("clarifier_stage_duration_seconds_count", stage=stage)
+        for stage in ("decode", "queue", "classify", "purify", "encode")
+    }
+    assert counts == {"decode": 2, "queue": 2, "classify": 1, "purify": 2, "encode": 1}
+    assert server.metric("clarifier_batch_size_count") == 2
+    assert server.metric("clarifier_batch_size_sum") == 2
+    assert server.metric("clarifier_model_info", model="colors@1", digest="d" * 64, device="cpu") == 1
+
+
+def test_every_answer_is_counted_also_those_of_the_framework(start: Callable[..., Running]) -> None:
+    server = start()
+    server.client.get("/some/odd/path")
+    server.client.get("/another")
+    server.client.get("/classify")
+    server.client.post("/classify", content=b"no image")
+    until(lambda: server.metric("clarifier_rejected_total", reason="unsupported_format") == 1)
+    counted = {
+        (sample.labels["route"], sample.labels["status"]): sample.value
+        for metric in server.gateway.metrics.requests.collect()
+        for sample in metric.samples
+        if sample.name.endswith("_total")
+    }
+    assert counted == {("other", "404"): 2, ("/classify", "405"): 1, ("/classify", "415"): 1}
+
+
+def test_nothing_that_a_client_sends_creates_a_series(start: Callable[..., Running]) -> None:
+    server = start()
+    server.client.post("/classify?model=canary", content=GOOD)
+    server.client.post("/classify?defense=canary", content=GOOD)
+    server.client.get("/canary")
+    server.client.get("/models/canary")
+    server.client.request("CANARY", "/classify", headers={"x-request-id": "canary"})
+    assert "canary" not in server.client.get("/metrics").text.lower()
+    for chain in ("atop,aid", "aid,atop", "atop:rt1,zeropur"):
+        assert server.client.post(f"/classify?defense={chain}", content=GOOD).status_code == 200
+    labels = {"route": "/classify", "model": "colors@1", "defense": "chain", "status": "200"}
+    until(lambda: server.metric("clarifier_requests_total", **labels) == 3)
+
+
+def test_a_failure_of_the_engine_is_counted_by_kind(start: Callable[..., Running]) -> None:
+    server = start()
+    assert server.client.post("/classify", content=png(marked(POISON_VALUE))).status_code == 500
+    assert server.metric("clarifier_engine_errors_total", engine="torch", kind="other") == 1
+
+
+def classified(*probabilities: float, undefended: tuple[float, ...] = (), score: float | None = None) -> Classified:
+    bare = np.array(undefended, np.float32) if undefended else None
+    return Classified(np.array(probabilities, np.float32), bare, score)
+
+
+def test_answers_feed_the_attack_watch() -> None:
+    metrics = Metrics()
+    record = new_record("")
+    record.model, record.defense = "m@1", "atop"
+    classes = ("cat", "dog")
+    metrics.count_answer(record, classified(0.9, 0.1, undefended=(0.2, 0.8), score=0.3), classes, 0.5)
+    metrics.count_answer(record, classified(0.9, 0.1, undefended=(0.7, 0.3), score=0.8), classes, 0.5)
+    metrics.count_answer(record, classified(0.1, 0.9), classes, None)
+    metrics.count_answer(record, Detected(0.1), classes, 0.5)
+    value = metrics.registry.get_sample_value
+    assert value("clarifier_predictions_total", {"model": "m@1", "label": "cat"}) == 2
+    assert value("clarifier_predictions_total", {"model": "m@1", "label": "dog"}) == 1
+    assert value("clarifier_flips_total", {"model": "m@1", "defense": "atop"}) == 1
+    assert value("clarifier_suspicious_total", {"model": "m@1"}) == 2
+    assert value("clarifier_aid_score_count") == 3
+
+
+def test_a_model_of_many_classes_does_not_make_many_series() -> None:
+    metrics = Metrics()
+    record = new_record("")
+    record.model = "m@1"
+    metrics.count_answer(record, classified(0.1, 0.9), tuple(f"class {i}" for i in range(1000)), None)
+    assert metrics.registry.get_sample_value("clarifier_predictions_total", {"model": "m@1", "label": "other"}) == 1
+
+
+@pytest.mark.parametrize(("defense", "label"), [("atop", "atop"), ("atop:rt1", "atop:rt1"), ("a,b", "chain")])
+def test_chains_share_a_label(defense: str, label: str) -> None:
+    assert defense_label(defense) == label

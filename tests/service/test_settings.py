@@ -1,0 +1,90 @@
+"""A setting that is wrong stops the start with one line that names it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from service.settings import Settings, SettingsError, load_settings
+
+
+def test_the_defaults_are_those_of_the_documentation() -> None:
+    settings = load_settings()
+    assert settings.model_repository == Path("models/bundles")
+    assert (settings.default_model, settings.device) == ("cifar10", "auto")
+    assert (settings.host, settings.port) == ("127.0.0.1", 8000)
+    assert (settings.max_batch_size, settings.max_queue_delay_ms, settings.max_queue_size) == (32, 2, 256)
+    assert (settings.request_timeout_ms, settings.body_timeout_s) == (30_000, 10)
+    assert (settings.max_image_bytes, settings.max_image_pixels) == (10 * 2**20, 40_000_000)
+    assert (settings.drain_delay_s, settings.drain_timeout_s) == (0, 25)
+
+
+def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLARIFIER_PORT", "9001")
+    monkeypatch.setenv("CLARIFIER_MAX_QUEUE_DELAY_MS", "0.5")
+    monkeypatch.setenv("CLARIFIER_DEVICE", "cuda:1")
+    settings = load_settings()
+    assert (settings.port, settings.max_queue_delay_ms, settings.device) == (9001, 0.5, "cuda:1")
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValidationError):
+        Settings().port = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["CLARIFIER_MAX_BATCHSIZE", "CLARIFIER_QUEUE", "clarifier_engine"])
+def test_row_79_an_unknown_name_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(SettingsError, match=name):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PORT", "70000"),
+        ("PORT", "http"),
+        ("DEVICE", "gpu"),
+        ("MAX_BATCH_SIZE", "0"),
+        ("MAX_QUEUE_SIZE", "-1"),
+        ("MAX_QUEUE_DELAY_MS", "-1"),
+        ("REQUEST_TIMEOUT_MS", "0"),
+        ("REQUEST_TIMEOUT_MS", "inf"),
+        ("MAX_QUEUE_DELAY_MS", "nan"),
+        ("DRAIN_TIMEOUT_S", "inf"),
+        ("MAX_IMAGE_BYTES", "10MB"),
+        ("MAX_IMAGE_PIXELS", "0"),
+        ("LOG_FORMAT", "xml"),
+        ("LOG_LEVEL", "LOUD"),
+        ("DEFAULT_MODEL", ""),
+    ],
+)
+def test_row_79_a_value_out_of_range_is_refused_in_one_line_that_names_it(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"CLARIFIER_{name}", value)
+    with pytest.raises(SettingsError, match=f"^CLARIFIER_{name}: ") as caught:
+        load_settings()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ({"MAX_BATCH_SIZE": "64", "MAX_QUEUE_SIZE": "32"}, ("MAX_BATCH_SIZE", "MAX_QUEUE_SIZE")),
+        (
+            {"MAX_QUEUE_DELAY_MS": "500", "REQUEST_TIMEOUT_MS": "400"},
+            ("MAX_QUEUE_DELAY_MS", "REQUEST_TIMEOUT_MS"),
+        ),
+    ],
+)
+def test_row_79_contradictions_are_refused_with_both_names(
+    values: dict[str, str], names: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in values.items():
+        monkeypatch.setenv(f"CLARIFIER_{name}", value)
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    assert all(f"CLARIFIER_{name}" in str(caught.value) for name in names)
