@@ -109,7 +109,13 @@ def _note_failure(gateway: Gateway, loading: asyncio.Task[None]) -> None:
 async def _start(gateway: Gateway, load: Callable[[Settings], Loaded]) -> None:
     """Load, then open the queue."""
     settings = gateway.settings
-    loaded = await asyncio.to_thread(load, settings)
+    # In a thread that ends: OpenMP counts the threads that each caller of torch has left waiting, and once there are
+    # more than processors it puts workers to sleep between operations, which nearly doubles a request's time.
+    loader = ThreadPoolExecutor(1, "loader")
+    try:
+        loaded = await asyncio.get_running_loop().run_in_executor(loader, load, settings)
+    finally:
+        loader.shutdown(wait=False)
     batcher = Batcher(
         loaded.run_batch,
         engine_name=loaded.engine,
