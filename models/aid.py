@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.classifiers import Classifier
-from models.gradients import exact_identity, input_gradient, within
+from models.gradients import ball, exact_identity, input_gradient
 from models.manifest import AidPreset, AidSpec
 
 
@@ -103,8 +103,8 @@ class AidPurifier(nn.Module):
         The gradient is that of the logit: it has the sign of D's own and does not vanish where D saturates.
         """
         received = images.detach()
-        purified = received
+        purified, (lower, upper) = received, ball(received, self.preset.eps)
         for _ in range(self.preset.steps):
             gradient = input_gradient(self.aid.logits, purified)
-            purified = within(purified + self.preset.step_size * gradient.sign(), received, self.preset.eps)
+            purified = (purified + self.preset.step_size * gradient.sign()).clamp(lower, upper)
         return exact_identity(images, purified)

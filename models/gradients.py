@@ -26,9 +26,12 @@ def input_gradient(
     return gradient
 
 
-def within(images: Tensor, center: Tensor, eps: float) -> Tensor:
-    """The projection onto the l-inf ball of radius `eps` around `center` and onto [0, 1]."""
-    return torch.clamp(images, (center - eps).clamp(min=0), (center + eps).clamp(max=1))
+def ball(center: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The lowest and highest images of the l-inf ball of radius `eps` around `center`, inside [0, 1].
+
+    Clamping between them is the projection onto both.
+    """
+    return (center - eps).clamp(min=0), (center + eps).clamp(max=1)
 
 
 def exact_identity(images: Tensor, purified: Tensor) -> Tensor:

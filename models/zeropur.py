@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from models.blur import blur
 from models.classifiers import Classifier
-from models.gradients import exact_identity, input_gradient, within
+from models.gradients import ball, exact_identity, input_gradient
 from models.manifest import ZeroPurPreset
 from models.randomness import uniform
 
@@ -45,10 +45,10 @@ class ZeroPurPurifier(nn.Module):
 
 def coarse_shifting(classifier: Classifier, received: Tensor, preset: ZeroPurPreset, seeds: Sequence[int]) -> Tensor:
     """Algorithm 1: ascend cos(z(x), z(B(x))) through z(x) alone, z being the pooled embedding."""
-    shifted = received
+    shifted, (lower, upper) = received, ball(received, preset.eps)
     if preset.random_start:
         start = 2 * uniform(seeds, received.shape[1:], received.device) - 1
-        shifted = within(received + preset.eps * start, received, preset.eps)
+        shifted = (received + preset.eps * start).clamp(lower, upper)
     velocity = torch.zeros_like(received)
     for _ in range(preset.coarse_steps):
         with torch.no_grad():
@@ -61,7 +61,7 @@ def coarse_shifting(classifier: Classifier, received: Tensor, preset: ZeroPurPre
         if preset.momentum:
             velocity = l1_normalized(gradient) + preset.momentum * velocity
             gradient = velocity
-        shifted = within(shifted + preset.coarse_step_size * gradient.sign(), received, preset.eps)
+        shifted = (shifted + preset.coarse_step_size * gradient.sign()).clamp(lower, upper)
     return shifted
 
 
@@ -80,13 +80,13 @@ def fine_alignment(classifier: Classifier, received: Tensor, coarse: Tensor, pre
         directions = [preset.projection_weight * unit_projection(direction) for direction in directions]
         reference = lpips_features(original)
 
-    aligned = received
+    aligned, (lower, upper) = received, ball(received, preset.eps)
     for step in range(preset.fine_steps):
         if preset.perceptual_weight and step > 0:  # at step 0, x'' = x: the distance and its gradient are zero
             gradient = _perceptual_gradient(classifier, aligned, reference, directions, preset)
         else:
             gradient = input_gradient(lambda images: classifier.features(images, layers), aligned, directions)
-        aligned = within(aligned + preset.fine_step_size * gradient.sign(), received, preset.eps)
+        aligned = (aligned + preset.fine_step_size * gradient.sign()).clamp(lower, upper)
     return aligned
 
 

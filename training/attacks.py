@@ -17,6 +17,8 @@ from foolbox.criteria import Misclassification
 from foolbox.models.pytorch import PyTorchModel
 from torch import Tensor, nn
 
+from models.gradients import ball
+
 Model = Callable[[Tensor], Tensor]
 
 
@@ -45,7 +47,7 @@ def pgd_linf(
     generator: torch.Generator,
 ) -> Tensor:
     """Projected gradient descent from a uniform random start (Madry et al., 2018)."""
-    lower, upper = (images - eps).clamp(min=0), (images + eps).clamp(max=1)
+    lower, upper = ball(images, eps)
     start = torch.rand(images.shape, generator=generator).to(images.device)
     adversarial = torch.lerp(lower, upper, start)
     for _ in range(steps):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.gradients import exact_identity, input_gradient, within
+from models.gradients import ball, exact_identity, input_gradient
 
 
 def test_the_gradient_is_the_image_s_own_and_works_where_gradients_are_off() -> None:
@@ -38,11 +38,11 @@ def test_no_parameter_receives_a_gradient() -> None:
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
-def test_within_projects_on_ball_and_range() -> None:
+def test_clamping_to_a_ball_projects_on_it_and_on_the_range() -> None:
     center = torch.tensor([0.0, 0.5, 0.95])
     moved = torch.tensor([-0.3, 0.9, 1.5])
 
-    assert within(moved, center, 0.1).tolist() == torch.tensor([0.0, 0.6, 1.0]).tolist()
+    assert moved.clamp(*ball(center, 0.1)).tolist() == torch.tensor([0.0, 0.6, 1.0]).tolist()
 
 
 def test_exact_identity_passes_the_gradient_except_where_the_range_clips() -> None:
