@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import socket
@@ -27,8 +28,10 @@ MISCONFIGURED = 2
 SOCKET_BUFFER_BYTES = 64 * 1024
 """That uvicorn reads ahead of a request."""
 KEEP_ALIVE_S = 75
-SWITCH_INTERVAL_S = 0.0005
+SWITCH_INTERVAL_S = 0.0001
 """How long the event loop may keep the interpreter from the engine, which needs it between operations."""
+COLLECTION_THRESHOLD = 10_000
+"""New objects between two looks for cycles: Python's 700 is a handful of requests."""
 
 
 class Server(uvicorn.Server):
@@ -41,7 +44,7 @@ class Server(uvicorn.Server):
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        announcing = asyncio.create_task(_announce_when_ready(self._gateway, self.config.port))
+        announcing = asyncio.create_task(_settle_and_announce(self._gateway, self.config.port))
         try:
             await super().serve(sockets)
         finally:
@@ -68,12 +71,13 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-async def _announce_when_ready(gateway: Gateway, port: int) -> None:
-    """Tell whoever started us by hand what to type next."""
+async def _settle_and_announce(gateway: Gateway, port: int) -> None:
+    """As soon as everything is loaded: a quieter garbage collector, and a word on what to type next."""
     while gateway.why_not_ready() in ("loading", "the engine is silent"):
         await asyncio.sleep(0.05)
     if gateway.why_not_ready() is not None:
         return
+    _settle_collector()
     settings, worst = gateway.settings, worst_case_bytes(gateway) // 2**20
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
     address = f"{'[' + host + ']' if ':' in host else host}:{port}"
@@ -86,6 +90,13 @@ async def _announce_when_ready(gateway: Gateway, port: int) -> None:
         f"  memory         uploads and images take at worst {worst} MiB, beside the models",
         flush=True,
     )
+
+
+def _settle_collector() -> None:
+    """What is loaded will stay: spare the collector torch's objects, whose walks cost a quarter of a request's time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(COLLECTION_THRESHOLD)
 
 
 def worst_case_bytes(gateway: Gateway) -> int:

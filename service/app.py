@@ -18,7 +18,7 @@ from service.gateway import Gateway
 from service.metrics import Metrics
 from service.middleware import RequestMiddleware
 from service.repository import Catalog, load_repository, warm_bundles
-from service.routes import router
+from service.routes import direct, router
 from service.settings import Settings
 from service.uploads import ByteBudget, budget_bytes
 
@@ -67,6 +67,7 @@ def create_app(settings: Settings, load: Callable[[Settings], Loaded] = load_eng
     gateway = Gateway(settings, Metrics(), decoders, budget)
     app = FastAPI(title="Clarifier", description=DESCRIPTION, redoc_url=None, lifespan=_lifespan(gateway, load))
     app.state.gateway = gateway
+    app.include_router(direct)
     app.include_router(router)
     app.add_middleware(RequestMiddleware, metrics=gateway.metrics)
     install_handlers(app)

@@ -60,6 +60,9 @@ TURNS = {
 }
 """EXIF orientation to what undoes it."""
 
+QUICK_BYTES = 16 * 1024
+QUICK_PIXELS = 64 * 64
+"""An upload within both is decoded in less time than a thread needs to begin."""
 STRIP_ROWS = 256
 """Rows of an original that are changed at a time: keeps float copies of a large photograph small."""
 
@@ -79,7 +82,18 @@ def decode_image(data: bytes, input_size: tuple[int, int], max_pixels: int) -> D
 
     Raises what `read_header` raises, and Undecodable.
     """
+    return _decoded(read_header(data, max_pixels), input_size)
+
+
+def decode_if_quick(data: bytes, input_size: tuple[int, int], max_pixels: int) -> Decoded | None:
+    """As `decode_image` for an upload of a few thousand pixels; None for others, which take a thread's time."""
+    if len(data) > QUICK_BYTES:
+        return None
     header = read_header(data, max_pixels)
+    return None if header.width * header.height > QUICK_PIXELS else _decoded(header, input_size)
+
+
+def _decoded(header: Header, input_size: tuple[int, int]) -> Decoded:
     image = center_crop_resize(_upright_rgb(header), input_size)
     return Decoded(np.asarray(image), header.format, header.width, header.height)
 

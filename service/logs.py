@@ -12,6 +12,9 @@ from service.record import Record
 requests = logging.getLogger("service.requests")
 LEVELS = {"5": logging.WARNING}
 """By the first digit of the status; INFO otherwise."""
+PLAIN = (int, float)
+"""Written alike by Python and JSON."""
+_json = json.JSONEncoder(default=str).encode
 
 
 class JsonFormatter(logging.Formatter):
@@ -27,7 +30,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["stack"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+        return _json(line)
 
 
 class TextFormatter(logging.Formatter):
@@ -35,8 +38,8 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         fields = getattr(record, "fields", {})
-        words = [_timestamp(record), record.levelname, json.dumps(record.getMessage().strip())[1:-1]]
-        words += [f"{name}={json.dumps(value, default=str)}" for name, value in fields.items()]
+        words = [_timestamp(record), record.levelname, _json(record.getMessage().strip())[1:-1]]
+        words += [f"{name}={value if type(value) in PLAIN else _json(value)}" for name, value in fields.items()]
         stack = "\n" + self.formatException(record.exc_info) if record.exc_info else ""
         return " ".join(words) + stack
 

@@ -21,7 +21,7 @@ from models.manifest import Manifest, UnknownDefense
 from service.batching import Batcher, Completed, Item, Places
 from service.errors import ClarifierError, ClientLeft, DeadlineExceeded
 from service.gateway import Gateway, gateway_of
-from service.images import Decoded, decode_image
+from service.images import Decoded, decode_if_quick, decode_image
 from service.parameters import (
     ClassifyParameters,
     DefenseParameters,
@@ -75,7 +75,7 @@ class Question(Generic[P]):
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """An image that is ready for the queue, and how long it took to decode, the wait for a thread included."""
+    """An image that is ready for the queue, and how long it took to decode, a wait for a thread included."""
 
     image: Decoded
     decode_ms: float
@@ -146,8 +146,10 @@ async def read_uploads(question: Question[ModelParameters], request: Request) ->
 async def decode(question: Question[ModelParameters], data: bytes) -> Prepared:
     """The upload at the model's input size."""
     started = time.monotonic()
-    limit = question.gateway.settings.max_image_pixels
-    decoded = await in_thread(question, decode_image, data, question.manifest.input_size, limit)
+    size, limit = question.manifest.input_size, question.gateway.settings.max_image_pixels
+    decoded = decode_if_quick(data, size, limit)
+    if decoded is None:
+        decoded = await in_thread(question, decode_image, data, size, limit)
     decode_ms = 1000 * (time.monotonic() - started)
     record = question.record
     record.time("decode", decode_ms)

@@ -28,7 +28,9 @@ from service.errors import (
 from service.images import (
     BYTES_PER_DECODED_PIXEL,
     DECODERS,
+    QUICK_BYTES,
     change_original,
+    decode_if_quick,
     decode_image,
     encode_image,
     encode_pixels,
@@ -59,6 +61,17 @@ def photo(side: int = 64) -> Pixels:
 @pytest.mark.parametrize("kind", LOSSLESS)
 def test_an_image_of_the_models_size_comes_through_bit_exact(kind: str) -> None:
     assert (decoded(encoded(NOISE, kind, **LOSSLESS[kind]), 12, 16) == NOISE).all()
+
+
+def test_a_small_upload_is_decoded_at_once_to_the_same_pixels() -> None:
+    small, wide, heavy = png(photo(64)), png(photo(65)), png(photo(64)) + bytes(QUICK_BYTES)
+    quick = decode_if_quick(small, (12, 16), LIMIT)
+    assert quick is not None
+    assert (quick.pixels == decoded(small, 12, 16)).all()
+    assert decode_if_quick(wide, (12, 16), LIMIT) is None
+    assert decode_if_quick(heavy, (12, 16), LIMIT) is None
+    with pytest.raises(UnsupportedFormat):
+        decode_if_quick(b"no image", (12, 16), LIMIT)
 
 
 def test_the_crop_is_centered_and_has_the_models_aspect() -> None:

@@ -83,8 +83,11 @@ def is_ready(client: httpx.Client) -> bool:
 
 def test_row_76_sigterm_answers_what_was_accepted_and_exits_0() -> None:
     with process(delay_s=0.5) as (started, client), ThreadPoolExecutor(4) as clients:
-        answers = [clients.submit(client.post, "/classify?defense=none", content=GOOD) for _ in range(4)]
-        until(lambda: "clarifier_queue_depth 0" not in client.get("/metrics").text or answers[0].done())
+        answers = [clients.submit(client.post, "/classify?defense=none", content=GOOD)]
+        assert started.stdout is not None
+        until_line(started.stdout, ENTERED)
+        answers += [clients.submit(client.post, "/classify?defense=none", content=GOOD) for _ in range(3)]
+        until(lambda: "clarifier_queue_depth 3" in client.get("/metrics").text)
         started.send_signal(signal.SIGTERM)
         assert [answer.result().status_code for answer in answers] == [200] * 4
         assert started.wait(30) == 0

@@ -18,6 +18,8 @@ from tests.service.conftest import Running, until
 from tests.service.fakes import green, png
 
 GOOD = png(green())
+LARGE = png(green(65))
+"""Too large to be decoded at once: it needs one of the decoder threads."""
 URL = "/classify?defense=none"
 
 
@@ -165,7 +167,7 @@ def test_images_that_are_being_decoded_have_their_places(start: Callable[..., Ru
     gate = threading.Event()
     blockers = [server.gateway.decoders.submit(gate.wait, 20) for _ in range(decoder_threads())]
     with ThreadPoolExecutor(4) as clients:
-        decoding = [clients.submit(server.client.post, URL, content=GOOD) for _ in range(2)]
+        decoding = [clients.submit(server.client.post, URL, content=LARGE) for _ in range(2)]
         batcher = server.gateway.batcher
         assert batcher is not None
         until(lambda: batcher._reserved == 2)
