@@ -63,6 +63,8 @@ TURNS = {
 QUICK_BYTES = 16 * 1024
 QUICK_PIXELS = 64 * 64
 """An upload within both is decoded in less time than a thread needs to begin."""
+COMPRESSED_METADATA = (b"zTXt", b"iTXt", b"iCCP")
+"""Chunks of a PNG of which a few bytes can inflate to megabytes: never quick."""
 STRIP_ROWS = 256
 """Rows of an original that are changed at a time: keeps float copies of a large photograph small."""
 
@@ -86,8 +88,8 @@ def decode_image(data: bytes, input_size: tuple[int, int], max_pixels: int) -> D
 
 
 def decode_if_quick(data: bytes, input_size: tuple[int, int], max_pixels: int) -> Decoded | None:
-    """As `decode_image` for an upload of a few thousand pixels; None for others, which take a thread's time."""
-    if len(data) > QUICK_BYTES:
+    """As `decode_image` for an upload of a few thousand pixels; None for others, which belong in a thread."""
+    if len(data) > QUICK_BYTES or any(kind in data for kind in COMPRESSED_METADATA):
         return None
     header = read_header(data, max_pixels)
     return None if header.width * header.height > QUICK_PIXELS else _decoded(header, input_size)
