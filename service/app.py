@@ -11,6 +11,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 
 from service.batching import Batcher, RunBatch
 from service.errors import install_handlers
@@ -65,7 +66,7 @@ def create_app(settings: Settings, load: Callable[[Settings], Loaded] = load_eng
     decoders = ThreadPoolExecutor(decoder_threads(), "decoder")
     budget = ByteBudget(budget_bytes(settings.max_batch_size, settings.max_image_bytes))
     gateway = Gateway(settings, Metrics(), decoders, budget)
-    app = FastAPI(title="Clarifier", description=DESCRIPTION, redoc_url=None, lifespan=_lifespan(gateway, load))
+    app = FastAPIOffline(title="Clarifier", description=DESCRIPTION, redoc_url=None, lifespan=_lifespan(gateway, load))
     app.state.gateway = gateway
     app.include_router(direct)
     app.include_router(router)

@@ -18,7 +18,7 @@ from typing import Generic, ParamSpec, TypeVar
 from fastapi import Request
 
 from models.manifest import Manifest, UnknownDefense
-from service.batching import Batcher, Completed, Item, Places
+from service.batching import Batcher, Places
 from service.errors import ClarifierError, ClientLeft, DeadlineExceeded
 from service.gateway import Gateway, gateway_of
 from service.images import Decoded, decode_if_quick, decode_image
@@ -34,6 +34,7 @@ from service.parameters import (
 from service.record import Record, record_of
 from service.repository import DescribedBundle
 from service.uploads import Account, read_image, read_images
+from service.waiting import Completed, Item
 from service.work import Key, Operation
 
 FRESH_SEEDS = 2**53

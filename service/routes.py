@@ -14,7 +14,6 @@ from fastapi.responses import HTMLResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from service.batching import Completed
 from service.errors import PROBLEM_JSON, ClarifierError, NoDetector, NotAcceptable, pages, problem_of
 from service.gateway import gateway_of
 from service.images import MAX_WEBP_SIDE, change_original, encode_image, encode_pixels, to_floats
@@ -53,6 +52,7 @@ from service.schemas import (
     Verdict,
     Wire,
 )
+from service.waiting import Completed
 from service.work import Classified, Detected, Floats, Operation, Pixels, Purified
 
 MODEL_SIZE_TYPES = ("image/png", "image/webp", "application/x-npy")

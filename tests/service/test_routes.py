@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePosixPath
 
 import numpy as np
 import pytest
@@ -200,7 +202,10 @@ def test_probes_answer_get_and_head(service: Running, path: str) -> None:
 
 
 def test_the_documentation_is_served(service: Running) -> None:
-    assert service.client.get("/docs").status_code == 200
+    page = service.client.get("/docs").text
+    sources = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert {PurePosixPath(source).suffix for source in sources} >= {".js", ".css"}
+    assert all(service.client.get(source).status_code == 200 for source in sources)  # and from no other host
     paths = service.client.get("/openapi.json").json()["paths"]
     assert {"/classify", "/classify/batch", "/purify", "/detect", "/models", "/livez", "/readyz"} <= set(paths)
     assert "multipart/form-data" in paths["/classify"]["post"]["requestBody"]["content"]
