@@ -44,7 +44,7 @@ class Server(uvicorn.Server):
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        announcing = asyncio.create_task(_settle_and_announce(self._gateway, self.config.port))
+        announcing = asyncio.create_task(_announce_when_ready(self._gateway, self.config.port))
         try:
             await super().serve(sockets)
         finally:
@@ -71,13 +71,12 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-async def _settle_and_announce(gateway: Gateway, port: int) -> None:
-    """As soon as everything is loaded: a quieter garbage collector, and a word on what to type next."""
+async def _announce_when_ready(gateway: Gateway, port: int) -> None:
+    """Tell whoever started us by hand what to type next."""
     while gateway.why_not_ready() in ("loading", "the engine is silent"):
         await asyncio.sleep(0.05)
     if gateway.why_not_ready() is not None:
         return
-    _settle_collector()
     settings, worst = gateway.settings, worst_case_bytes(gateway) // 2**20
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
     address = f"{'[' + host + ']' if ':' in host else host}:{port}"
@@ -92,15 +91,11 @@ async def _settle_and_announce(gateway: Gateway, port: int) -> None:
     )
 
 
-def _settle_collector() -> None:
-    """What is loaded will stay: spare the collector torch's objects, whose walks cost a quarter of a request's time."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(COLLECTION_THRESHOLD)
-
-
 def worst_case_bytes(gateway: Gateway) -> int:
-    """What requests can take at once if every limit is reached, without models and what an engine needs for a batch."""
+    """What uploads and images can take at once if every limit is reached.
+
+    Not in it: models, what an engine needs for a batch, and answers at the upload's own size on their way to clients.
+    """
     settings = gateway.settings
     inputs = (bundle.manifest.input_size for bundle in gateway.catalog.bundles.values())
     samples = max((3 * height * width for height, width in inputs), default=0)
@@ -135,11 +130,19 @@ def _check_device(settings: Settings) -> None:
             raise SettingsError(str(error)) from None
 
 
+def _kept(loaded: Loaded) -> Loaded:
+    """What is loaded stays: spare the collector torch's objects, whose walks cost a quarter of a request's time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(COLLECTION_THRESHOLD)
+    return loaded
+
+
 def serve(settings: Settings, listener: socket.socket, load: Callable[[Settings], Loaded] = load_engine) -> None:
     """Run the application on `listener` until a signal."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter
-    app = create_app(settings, load)
+    app = create_app(settings, lambda settings: _kept(load(settings)))
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -155,13 +158,14 @@ def serve(settings: Settings, listener: socket.socket, load: Callable[[Settings]
     )
     gateway = app.state.gateway
     Server(config, gateway).run([listener])
-    if gateway.batcher is not None and gateway.batcher.alive:
+    loading = gateway.batcher is None and not gateway.failure
+    if loading or (gateway.batcher is not None and gateway.batcher.alive):
         _leave_now()
 
 
 def _leave_now() -> None:
-    """End with 0 although the engine is stuck in a batch: tearing the interpreter down under it could crash or hang."""
-    logger.warning("the drain time is over and a batch still runs: it is given up")
+    """End with 0 although a thread loads or runs a batch: the interpreter would wait for it, or crash under it."""
+    logger.warning("the drain time is over and the engine still works: that is given up")
     logging.shutdown()
     sys.stdout.flush()
     os._exit(0)

@@ -66,7 +66,13 @@ def create_app(settings: Settings, load: Callable[[Settings], Loaded] = load_eng
     decoders = ThreadPoolExecutor(decoder_threads(), "decoder")
     budget = ByteBudget(budget_bytes(settings.max_batch_size, settings.max_image_bytes))
     gateway = Gateway(settings, Metrics(), decoders, budget)
-    app = FastAPIOffline(title="Clarifier", description=DESCRIPTION, redoc_url=None, lifespan=_lifespan(gateway, load))
+    app = FastAPIOffline(
+        title="Clarifier",
+        description=DESCRIPTION,
+        redoc_url=None,
+        swagger_ui_parameters={"tryItOutEnabled": True},
+        lifespan=_lifespan(gateway, load),
+    )
     app.state.gateway = gateway
     app.include_router(direct)
     app.include_router(router)

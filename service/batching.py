@@ -1,6 +1,6 @@
 """Many waiting requests become a few batches.
 
-`WaitingLine` decides who goes next. `Batcher` gives it a lock, an engine thread that takes batches and runs them, and
+`BatchQueue` decides who goes next. `Batcher` gives it a lock, an engine thread that takes batches and runs them, and
 futures that the event loop waits on. A batch's answers come back in one call on the event loop.
 
 What holds for every admitted item: it is answered exactly once, or its client has left. Expired items and
@@ -29,7 +29,7 @@ from service.errors import (
     Overloaded,
 )
 from service.metrics import Metrics
-from service.waiting import Completed, Item, WaitingLine
+from service.queue import BatchQueue, Completed, Item
 from service.work import EngineFault, Key, Pixels, Ran
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ RunBatch = Callable[[Key, Sequence[Pixels], Sequence[int]], Ran]
 
 @dataclass(slots=True)
 class Places:
-    """How many places in line are kept for the images of one request, which are still being decoded."""
+    """How many places in the queue are kept for the images of one request, which are still being decoded."""
 
     count: int = 0
 
@@ -65,7 +65,7 @@ class Batcher:
         self._engine_name = engine_name
         self._max_queue_size = max_queue_size
         self._metrics = metrics
-        self._line = WaitingLine(max_batch_size, max_queue_delay_ms / 1000)
+        self._queue = BatchQueue(max_batch_size, max_queue_delay_ms / 1000)
         self._changed = threading.Condition()
         self._running: list[Item] = []
         self._reserved = 0
@@ -122,16 +122,16 @@ class Batcher:
         with self._changed:
             self._check_running()
             self._free(places)
-            was_empty = not self._line.depth
-            self._line.add(items)
-            if was_empty or self._line.is_full(key):  # else the engine thread has nothing new to decide
+            was_empty = not self._queue.depth
+            self._queue.add(items)
+            if was_empty or self._queue.is_full(key):  # else the engine thread has nothing new to decide
                 self._changed.notify()
         return items
 
     async def wait(self, item: Item) -> Completed:
         """The answer of `item`. Raises its error; DeadlineExceeded when its time is up, wherever it is then.
 
-        A caller that is cancelled takes its item out of the line.
+        A caller that is cancelled takes its item out of the queue.
         """
         try:
             async with asyncio.timeout(item.deadline - time.monotonic()):
@@ -147,7 +147,7 @@ class Batcher:
         if not item.future.done():
             item.future.set_exception(ClientLeft())
         with self._changed:
-            self._line.discard(item)
+            self._queue.discard(item)
 
     def drain(self) -> None:
         """From now on items leave at once, without waiting for company."""
@@ -156,7 +156,7 @@ class Batcher:
             self._changed.notify()
 
     def finish(self) -> None:
-        """Nobody else will come: the engine thread ends when the line is empty."""
+        """Nobody else will come: the engine thread ends when the queue is empty."""
         self.drain()
         with self._changed:
             self._finishing = True
@@ -172,7 +172,7 @@ class Batcher:
     def abandon(self, error: ClarifierError) -> None:
         """Answer `error` to everybody who waits or runs."""
         with self._changed:
-            items = [*self._line.clear(), *self._running]
+            items = [*self._queue.clear(), *self._running]
         _deliver([(item, error) for item in items])
 
     # --- facts, for probes and metrics
@@ -180,7 +180,7 @@ class Batcher:
     @property
     def depth(self) -> int:
         """How many wait."""
-        return self._line.depth
+        return self._queue.depth
 
     @property
     def alive(self) -> bool:
@@ -199,7 +199,7 @@ class Batcher:
 
     @property
     def _taken(self) -> int:
-        return self._line.depth + self._reserved
+        return self._queue.depth + self._reserved
 
     def _free(self, places: Places) -> None:
         self._reserved -= places.count
@@ -216,7 +216,7 @@ class Batcher:
     def _work(self) -> None:
         """Turn after turn until nobody waits or will come. A turn that fails is logged, and the next one comes."""
         try:
-            while not (self._finishing and not self._line.depth):
+            while not (self._finishing and not self._queue.depth):
                 try:
                     self._turn()
                 except Exception:
@@ -242,11 +242,11 @@ class Batcher:
         """Wait until a batch should run, or for a beat; empty if it was only a beat."""
         with self._changed:
             now = time.monotonic()
-            batch = self._line.take(now, at_once=self._hurrying)
+            batch = self._queue.take(now, at_once=self._hurrying)
             if not batch and not self._finishing:
-                wait_s = self._line.wait_s(now)
+                wait_s = self._queue.wait_s(now)
                 self._changed.wait(IDLE_BEAT_S if wait_s is None else min(wait_s, IDLE_BEAT_S))
-                batch = self._line.take(time.monotonic(), at_once=self._hurrying)
+                batch = self._queue.take(time.monotonic(), at_once=self._hurrying)
             self._running = batch  # while the lock is held, so that `abandon` finds every item somewhere
         return batch
 

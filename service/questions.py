@@ -2,7 +2,7 @@
 
 The routes call these in this order. Everything that can be refused without the body is refused by `ask`, and whoever
 is inside its block is answered, even if a drain begins. Everything that depends on a client's bytes happens before the
-queue.
+queue, except that `/purify?size=original` decodes the upload again for its answer.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from service.parameters import (
     read_parameters,
     read_timeout_s,
 )
+from service.queue import Completed, Item
 from service.record import Record, record_of
 from service.repository import DescribedBundle
 from service.uploads import Account, read_image, read_images
-from service.waiting import Completed, Item
 from service.work import Key, Operation
 
 FRESH_SEEDS = 2**53
@@ -122,7 +122,7 @@ def draw_seed(parameters: DefenseParameters) -> int:
 
 
 async def read_upload(question: Question[ModelParameters], request: Request) -> bytes:
-    """The bytes of the one image, which has a place in line from now on."""
+    """The bytes of the one image, which has a place in the queue from now on."""
     gateway = question.gateway
     settings = gateway.settings
     reading = read_image(request, question.account, gateway.decoders, settings.max_image_bytes, settings.body_timeout_s)
@@ -133,7 +133,7 @@ async def read_upload(question: Question[ModelParameters], request: Request) -> 
 
 
 async def read_uploads(question: Question[ModelParameters], request: Request) -> list[bytes]:
-    """The bytes of each image of a client's batch, which have places in line from now on."""
+    """The bytes of each image of a client's batch, which have places in the queue from now on."""
     gateway = question.gateway
     settings = gateway.settings
     limits = (settings.max_batch_size, settings.max_image_bytes, settings.body_timeout_s)
@@ -144,11 +144,14 @@ async def read_uploads(question: Question[ModelParameters], request: Request) ->
     return images
 
 
-async def decode(question: Question[ModelParameters], data: bytes) -> Prepared:
-    """The upload at the model's input size."""
+async def decode(question: Question[ModelParameters], data: bytes, *, alone: bool = True) -> Prepared:
+    """The upload at the model's input size: a small one at once, if it is this request's only one, others in a thread.
+
+    `alone` is False for one of many, which together would keep the event loop from everybody else.
+    """
     started = time.monotonic()
     size, limit = question.manifest.input_size, question.gateway.settings.max_image_pixels
-    decoded = decode_if_quick(data, size, limit)
+    decoded = decode_if_quick(data, size, limit) if alone else None
     if decoded is None:
         decoded = await in_thread(question, decode_image, data, size, limit)
     decode_ms = 1000 * (time.monotonic() - started)

@@ -40,6 +40,7 @@ from service.questions import (
     read_upload,
     read_uploads,
 )
+from service.queue import Completed
 from service.schemas import (
     BatchResponse,
     ClassifyResponse,
@@ -52,7 +53,6 @@ from service.schemas import (
     Verdict,
     Wire,
 )
-from service.waiting import Completed
 from service.work import Classified, Detected, Floats, Operation, Pixels, Purified
 
 MODEL_SIZE_TYPES = ("image/png", "image/webp", "application/x-npy")
@@ -88,9 +88,9 @@ PROBLEM: dict[int | str, dict[str, Any]] = {
 
 
 class DirectRoute(APIRoute):
-    """A route whose handler takes the request and returns the response, and is called with nothing in between.
+    """A route whose handler takes the request and returns the response, without FastAPI's own handler around it.
 
-    What FastAPI does around handlers (dependencies, bodies, validation of answers) takes time, and ours use none of it.
+    What that does (dependencies, bodies, validation of answers) takes time, and none of it is used here.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -98,8 +98,8 @@ class DirectRoute(APIRoute):
         return handler
 
 
-router = APIRouter(responses=PROBLEM)
-direct = APIRouter(responses=PROBLEM, route_class=DirectRoute)
+direct = APIRouter(responses=PROBLEM, tags=["images"], route_class=DirectRoute)
+router = APIRouter(responses=PROBLEM, tags=["service"])
 
 
 def _documented(kind: type[Parameters], body: dict[str, Any] = IMAGE_BODY) -> dict[str, Any]:
@@ -261,9 +261,10 @@ async def _decode_all(question: Question[ClassifyParameters], uploads: list[byte
 
 async def _decode_or_error(question: Question[ClassifyParameters], data: bytes) -> Prepared | ClarifierError:
     try:
-        return await decode(question, data)
-    except ClarifierError as error:
-        return error
+        return await decode(question, data, alone=False)
+    except ClarifierError as error:  # its frames would keep the upload until the whole batch is answered
+        error.__cause__ = error.__context__ = None
+        return error.with_traceback(None)
 
 
 def _result(

@@ -180,7 +180,12 @@ def serve_fake() -> None:
     bundle = FakeBundle()
     bundle.delay_s = float(os.environ["FAKE_DELAY_S"])
     bundle.announces = True
-    serve(Settings(default_model="colors"), listener, lambda _: loaded(bundle))
+
+    def load(_: Settings) -> Loaded:
+        time.sleep(float(os.environ.get("FAKE_LOAD_S", "0")))
+        return loaded(bundle)
+
+    serve(Settings(default_model="colors"), listener, load)
 
 
 if __name__ == "__main__":

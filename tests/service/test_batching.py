@@ -24,12 +24,11 @@ from service.errors import (
     Overloaded,
 )
 from service.metrics import Metrics
-from service.waiting import Completed, Item
+from service.queue import Completed, Item
 from service.work import Answer, Detected, EngineFault, Key, Operation, Pixels, Ran
 
 KEYS = [Key(Operation.DETECT, f"model@{version}") for version in (1, 2, 3)]
-A, B, _ = KEYS
-IMAGE: Pixels = np.zeros((1, 1, 3), np.uint8)
+A = KEYS[0]
 
 
 class FakeEngine:

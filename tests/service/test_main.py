@@ -59,8 +59,10 @@ def test_row_79_a_port_that_is_taken_ends_the_start_in_one_line() -> None:
 
 
 @contextmanager
-def process(delay_s: float, **environment: str) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
-    """A service of its own with a fake bundle whose batches take `delay_s`, ready."""
+def process(
+    delay_s: float, *, wait_for: str = "/readyz", **environment: str
+) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+    """A service of its own with a fake bundle whose batches take `delay_s`, once it answers 200 to `wait_for`."""
     env = os.environ | {"FAKE_DELAY_S": str(delay_s), "PYTHONUNBUFFERED": "1"} | environment
     command = [sys.executable, "-m", "tests.service.fakes"]
     with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as started:
@@ -68,21 +70,21 @@ def process(delay_s: float, **environment: str) -> Iterator[tuple[subprocess.Pop
             assert started.stdout is not None
             port = int(started.stdout.readline())
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-                until(lambda: is_ready(client), 60)
+                until(lambda: is_good(client, wait_for), 60)
                 yield started, client
         finally:
             started.kill()
 
 
-def is_ready(client: httpx.Client) -> bool:
+def is_good(client: httpx.Client, probe: str) -> bool:
     try:
-        return client.get("/readyz").status_code == 200
+        return client.get(probe).status_code == 200
     except httpx.TransportError:
         return False
 
 
 def test_row_76_sigterm_answers_what_was_accepted_and_exits_0() -> None:
-    with process(delay_s=0.5) as (started, client), ThreadPoolExecutor(4) as clients:
+    with process(delay_s=3) as (started, client), ThreadPoolExecutor(4) as clients:
         answers = [clients.submit(client.post, "/classify?defense=none", content=GOOD)]
         assert started.stdout is not None
         until_line(started.stdout, ENTERED)
@@ -125,6 +127,13 @@ def test_what_outlasts_the_drain_time_is_answered_503() -> None:
         answer = late.result(20)
         assert (answer.status_code, answer.json()["code"]) == (503, "draining")
         assert started.wait(30) == 0  # although the batch goes on for a minute
+
+
+def test_row_76_sigterm_ends_a_service_that_still_loads() -> None:
+    with process(delay_s=0, wait_for="/livez", FAKE_LOAD_S="60") as (started, client):
+        assert not is_good(client, "/readyz")
+        started.send_signal(signal.SIGTERM)
+        assert started.wait(30) == 0
 
 
 def until_line(stream: IO[str], wanted: str) -> None:

@@ -12,7 +12,9 @@ from pathlib import PurePosixPath
 import numpy as np
 import pytest
 
+from service.errors import ClarifierError, problem_of
 from service.images import to_floats
+from service.schemas import Problem
 from service.work import Pixels
 from tests.service.conftest import Running, running, until
 from tests.service.fakes import (
@@ -205,7 +207,8 @@ def test_the_documentation_is_served(service: Running) -> None:
     page = service.client.get("/docs").text
     sources = re.findall(r'(?:src|href)="([^"]+)"', page)
     assert {PurePosixPath(source).suffix for source in sources} >= {".js", ".css"}
-    assert all(service.client.get(source).status_code == 200 for source in sources)  # and from no other host
+    assert all(source.startswith("/") for source in sources)  # from no other host
+    assert all(service.client.get(source).status_code == 200 for source in sources)
     paths = service.client.get("/openapi.json").json()["paths"]
     assert {"/classify", "/classify/batch", "/purify", "/detect", "/models", "/livez", "/readyz"} <= set(paths)
     assert "multipart/form-data" in paths["/classify"]["post"]["requestBody"]["content"]
@@ -346,6 +349,21 @@ def test_row_51_a_batch_of_mixed_sizes_and_formats_is_answered_in_order(service:
     results = service.client.post("/classify/batch?defense=none&top_k=1", files=batch(*images)).json()["results"]
     assert [result["label"] for result in results] == ["green", "blue", "red", "green"]
     assert all(len(result["top"]) == 1 for result in results)
+
+
+def test_a_bad_image_of_a_batch_is_not_kept_until_the_others_are_answered(
+    service: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = list[ClarifierError]()
+
+    def noted(error: ClarifierError, request_id: str) -> Problem:
+        errors.append(error)
+        return problem_of(error, request_id)
+
+    monkeypatch.setattr("service.routes.problem_of", noted)
+    assert service.client.post("/classify/batch", files=batch(GOOD, GOOD[:-20])).json()["results"][1]["status"] == 422
+    (error,) = errors
+    assert [error.__traceback__, error.__cause__, error.__context__] == [None] * 3  # frames would hold its bytes
 
 
 def test_a_batch_repeats_its_seed_for_each_image(service: Running) -> None:

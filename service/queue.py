@@ -34,7 +34,7 @@ class Item:
     future: asyncio.Future[Completed] = field(repr=False)
 
 
-class WaitingLine:
+class BatchQueue:
     """Items in the order they came, in groups that can run together. Not thread-safe.
 
     A batch is limited by its work: an image that is drawn many times takes the room of as many images.
@@ -53,10 +53,9 @@ class WaitingLine:
         self.depth += len(items)
 
     def discard(self, item: Item) -> None:
-        """Take `item` out; nothing happens if it is not in the line any more."""
-        group = self._groups.get(item.key, ())
-        if item in group:
-            assert isinstance(group, deque)
+        """Take `item` out; nothing happens if it is not in the queue any more."""
+        group = self._groups.get(item.key)
+        if group and item in group:
             group.remove(item)
             self._forget_if_empty(item.key)
             self.depth -= 1
@@ -84,7 +83,7 @@ class WaitingLine:
         return len(self._groups.get(key, ())) >= self._room(key)
 
     def clear(self) -> list[Item]:
-        """Everybody who waits; the line is empty afterwards."""
+        """Everybody who waits; the queue is empty afterwards."""
         items = [item for group in self._groups.values() for item in group]
         self._groups.clear()
         self.depth = 0

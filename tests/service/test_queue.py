@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from service.waiting import Item, WaitingLine
+from service.queue import BatchQueue, Item
 from service.work import Key, Operation, Pixels
 
 KEYS = [Key(Operation.DETECT, f"model@{version}") for version in (1, 2, 3)]
@@ -26,84 +26,84 @@ LOOP.close()  # futures need one; nothing ever runs on it
 
 
 def test_a_batch_leaves_when_it_is_full() -> None:
-    line = WaitingLine(max_batch_size=2, max_delay_s=10)
+    queue = BatchQueue(max_batch_size=2, max_delay_s=10)
     items = [item(at=t) for t in (0, 1, 2)]
-    line.add(items[:1])
-    assert line.take(5) == []
-    line.add(items[1:])
-    assert line.take(5) == items[:2]
-    assert line.depth == 1
+    queue.add(items[:1])
+    assert queue.take(5) == []
+    queue.add(items[1:])
+    assert queue.take(5) == items[:2]
+    assert queue.depth == 1
 
 
 def test_a_batch_leaves_when_its_oldest_item_has_waited_long_enough() -> None:
-    line = WaitingLine(max_batch_size=8, max_delay_s=10)
+    queue = BatchQueue(max_batch_size=8, max_delay_s=10)
     items = [item(at=1), item(at=4)]
-    line.add(items)
-    assert line.wait_s(4) == 7
-    assert line.take(10.9) == []
-    assert line.take(11) == items
-    assert line.wait_s(11) is None
+    queue.add(items)
+    assert queue.wait_s(4) == 7
+    assert queue.take(10.9) == []
+    assert queue.take(11) == items
+    assert queue.wait_s(11) is None
 
 
 def test_different_keys_never_share_a_batch() -> None:
-    line = WaitingLine(max_batch_size=8, max_delay_s=1)
+    queue = BatchQueue(max_batch_size=8, max_delay_s=1)
     items = [item(A, at=0), item(B, at=0.1), item(A, at=0.2)]
-    line.add(items)
-    assert line.take(5) == [items[0], items[2]]
-    assert line.take(5) == [items[1]]
+    queue.add(items)
+    assert queue.take(5) == [items[0], items[2]]
+    assert queue.take(5) == [items[1]]
 
 
 def test_a_full_group_may_overtake_a_waiting_one_but_not_a_due_one() -> None:
-    def line() -> tuple[WaitingLine, Item, list[Item]]:
+    def queued() -> tuple[BatchQueue, Item, list[Item]]:
         one, two = item(A, at=0), [item(B, at=1), item(B, at=2)]
-        made = WaitingLine(max_batch_size=2, max_delay_s=10)
+        made = BatchQueue(max_batch_size=2, max_delay_s=10)
         made.add([one, *two])
         return made, one, two
 
-    early, _, full = line()
+    early, _, full = queued()
     assert early.take(3) == full
-    late, oldest, _ = line()
+    late, oldest, _ = queued()
     assert late.take(10) == [oldest]
 
 
 def test_a_batch_is_limited_by_its_work() -> None:
-    line = WaitingLine(max_batch_size=32, max_delay_s=10)
+    queue = BatchQueue(max_batch_size=32, max_delay_s=10)
     for votes, expected in ((1, 32), (5, 6), (32, 1), (64, 1)):
         key = Key(Operation.CLASSIFY, "model@1", "atop", votes)
-        line.add([item(key) for _ in range(40)])
-        assert len(line.take(0)) == expected  # full: it leaves before the delay is over
-        line.clear()
+        queue.add([item(key) for _ in range(40)])
+        assert len(queue.take(0)) == expected  # full: it leaves before the delay is over
+        queue.clear()
 
 
-def test_a_draining_line_does_not_wait_for_company() -> None:
-    line = WaitingLine(max_batch_size=8, max_delay_s=10)
+def test_a_draining_queue_does_not_wait_for_company() -> None:
+    queue = BatchQueue(max_batch_size=8, max_delay_s=10)
     items = [item()]
-    line.add(items)
-    assert line.take(0, at_once=True) == items
+    queue.add(items)
+    assert queue.take(0, at_once=True) == items
 
 
-class LineMachine(RuleBasedStateMachine):
+class QueueMachine(RuleBasedStateMachine):
     """Any order of arrivals, departures and batches: nobody is lost, doubled, mixed, starved or overtaken."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
         self.size, self.delay = 3, 5.0
-        self.line = WaitingLine(self.size, self.delay)
+        self.queue = BatchQueue(self.size, self.delay)
         self.waiting: list[Item] = []
 
     @rule(keys=st.lists(st.sampled_from(KEYS), min_size=1, max_size=4))
     def arrive(self, keys: list[Key]) -> None:
         items = [item(key, at=self.now) for key in keys]
-        self.line.add(items)
+        self.queue.add(items)
         self.waiting += items
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
         gone = data.draw(st.sampled_from(self.waiting))
-        self.line.discard(gone)
-        self.line.discard(gone)  # twice is harmless
+        self.queue.discard(gone)
+        self.queue.discard(gone)  # twice is harmless
         self.waiting.remove(gone)
 
     @rule(seconds=st.floats(0, 3))
@@ -112,7 +112,7 @@ class LineMachine(RuleBasedStateMachine):
 
     @rule(at_once=st.booleans())
     def take(self, at_once: bool) -> None:
-        batch = self.line.take(self.now, at_once=at_once)
+        batch = self.queue.take(self.now, at_once=at_once)
         oldest = min(self.waiting, key=lambda one: one.enqueued_at, default=None)
         groups = {key: [one for one in self.waiting if one.key == key] for key in KEYS}
         if oldest is None:
@@ -132,13 +132,13 @@ class LineMachine(RuleBasedStateMachine):
 
     @invariant()
     def depth_is_how_many_wait(self) -> None:
-        assert self.line.depth == len(self.waiting)
+        assert self.queue.depth == len(self.waiting)
 
     def teardown(self) -> None:
-        left = self.line.clear()
+        left = self.queue.clear()
         assert sorted(map(id, left)) == sorted(map(id, self.waiting))
-        assert self.line.depth == 0
+        assert self.queue.depth == 0
 
 
-LineMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
-TestLine = LineMachine.TestCase
+QueueMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestQueue = QueueMachine.TestCase
