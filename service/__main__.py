@@ -92,10 +92,7 @@ async def _announce_when_ready(gateway: Gateway, port: int) -> None:
 
 
 def worst_case_bytes(gateway: Gateway) -> int:
-    """What uploads and images can take at once if every limit is reached.
-
-    Not in it: models, what an engine needs for a batch, and answers at the upload's own size on their way to clients.
-    """
+    """What requests can take at once if every limit is reached, without models and what an engine needs for a batch."""
     settings = gateway.settings
     inputs = (bundle.manifest.input_size for bundle in gateway.catalog.bundles.values())
     samples = max((3 * height * width for height, width in inputs), default=0)

@@ -14,6 +14,7 @@ from fastapi.responses import HTMLResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
+from service.downloads import Download
 from service.errors import PROBLEM_JSON, ClarifierError, NoDetector, NotAcceptable, pages, problem_of
 from service.gateway import gateway_of
 from service.images import MAX_WEBP_SIDE, change_original, encode_image, encode_pixels, to_floats
@@ -175,7 +176,10 @@ async def purify(request: Request) -> Response:
             "X-Clarifier-Seed": str(seed),
             "X-Content-Type-Options": "nosniff",
         }
-        return Response(body, headers=headers, media_type=media_type)
+        settings, budget = question.gateway.settings, question.gateway.uploads
+        # Whoever sends at the slowest pace that is allowed may receive at the same.
+        timeout_s = settings.body_timeout_s * max(1, len(body) / settings.max_image_bytes)
+        return Download(body, budget, timeout_s, headers=headers, media_type=media_type)
 
 
 @direct.post(

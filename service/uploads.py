@@ -38,11 +38,11 @@ MAX_HEAD_LINES = 16
 BATCH_BODY_IMAGES = 4
 """A batch's body may be this many times the limit of one image, however many images it holds."""
 BUDGET_IMAGES = 64
-"""The uploads of all requests together may have this many times the limit of one image, or two bodies of batches."""
+"""Uploads and large answers together may have this many times the limit of one image, or two bodies of batches."""
 
 
 class ByteBudget:
-    """How many bytes of uploads are in memory, over all requests, and how many may be."""
+    """How many bytes of uploads and large answers are in memory, over all requests, and how many may be."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -69,7 +69,7 @@ class Account:
         """Hold `count` bytes more. Raises Overloaded if the budget has not so many left."""
         budget = self._budget
         if budget.held + count > budget.limit:
-            raise Overloaded("too many bytes of uploads are under way", limit=budget.limit)
+            raise Overloaded("too many bytes of uploads and answers are under way", limit=budget.limit)
         budget.held += count
         self._held += count
 

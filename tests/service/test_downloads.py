@@ -1,0 +1,55 @@
+"""Large answers and clients that do not read them."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+import numpy as np
+
+from tests.service.conftest import Running, until
+from tests.service.fakes import encoded, png
+
+SIDE = 2000
+NOISE = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+SAMPLES = 3 * SIDE * SIDE
+"""As many bytes does the answer have at least: noise does not compress."""
+
+
+def ask_and_do_not_read(server: Running) -> socket.socket:
+    body = encoded(NOISE, "JPEG", quality=50)
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect(("127.0.0.1", server.port))
+    head = f"POST /purify?defense=none&size=original HTTP/1.1\r\nHost: h\r\nContent-Length: {len(body)}\r\n\r\n"
+    client.sendall(head.encode() + body)
+    return client
+
+
+def test_an_answer_counts_as_memory_until_its_client_has_it(start: Callable[..., Running]) -> None:
+    server = start()
+    budget = server.gateway.uploads
+    with ask_and_do_not_read(server):
+        until(lambda: budget.held > SAMPLES / 2 and not server.gateway._in_flight)
+    until(lambda: budget.held == 0)
+    assert server.still_answers()
+
+
+def test_a_client_that_does_not_read_is_cut_off(start: Callable[..., Running]) -> None:
+    server = start(body_timeout_s=0.2)
+    budget = server.gateway.uploads
+    with ask_and_do_not_read(server):
+        until(lambda: budget.held > 0 and not server.gateway._in_flight)
+        until(lambda: budget.held == 0)
+        until(lambda: 'clarifier_rejected_total{reason="client_left"} 1.0' in server.client.get("/metrics").text)
+    assert server.still_answers()
+
+
+def test_an_answer_without_room_is_refused(start: Callable[..., Running]) -> None:
+    server = start()
+    url = "/purify?defense=none&size=original"
+    photo = encoded(NOISE[:100, :100], "JPEG", quality=50)
+    assert len(server.client.post(url, content=photo).content) > len(photo) + 100
+    server.gateway.uploads.limit = len(photo) + 100
+    assert server.client.post("/purify?defense=none", content=photo).status_code == 200
+    server.refuses(server.client.post(url, content=photo), 429, "queue_full")
