@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from tests.service.conftest import Running, until
-from tests.service.fakes import encoded, png
+from tests.service.fakes import encoded
 
 SIDE = 2000
 NOISE = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
