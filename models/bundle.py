@@ -23,6 +23,7 @@ from models.atop import AtopPurifier, build_inpainter
 from models.classifiers import Classifier, build_classifier
 from models.defense import DefendedClassifier, Purifier, Seed
 from models.manifest import AidSpec, AtopSpec, Manifest, ZeroPurSpec
+from models.packed import pack_convolutions
 from models.zeropur import ZeroPurPurifier
 
 MANIFEST = "bundle.json"
@@ -132,6 +133,7 @@ def load_bundle(directory: str | Path, device: str | torch.device = "cpu") -> Bu
     for name, part in parts.items():
         _load_weights(directory, f"{name}.safetensors", part, manifest)
         part.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        pack_convolutions(part)
     return Bundle(
         manifest,
         parts["classifier"],  # type: ignore[arg-type]
