@@ -2,7 +2,7 @@
 
 As published, each step recomputes the features of the received and of the coarse image for every layer, by whole
 forward passes. Ours computes them once, ends each pass at the last layer that is needed, and takes gradients of
-images only.
+images only; small batches run on packed convolutions (`models.packed`), the published procedure on plain ones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from models import load_bundle
 from models.blur import blur
 from models.classifiers import Classifier
 from models.manifest import ZeroPurPreset
-from models.zeropur import ZeroPurPurifier
 
 BUNDLE = Path("models/bundles/cifar10/1")
 BATCH_SIZES = (1, 32)
@@ -37,7 +36,7 @@ def run() -> dict[str, object]:
     for batch_size in BATCH_SIZES:
         images = torch.rand(batch_size, 3, *bundle.input_size, generator=torch.Generator().manual_seed(0))
         contenders = {
-            "ours": partial(ZeroPurPurifier(bundle.classifier, preset), images, range(batch_size)),
+            "ours": partial(bundle.purify, "zeropur:code", images),
             "as published": partial(as_published, bundle.classifier, images, preset),
         }
         purified = {name: purify() for name, purify in contenders.items()}

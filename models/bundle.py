@@ -23,7 +23,7 @@ from models.atop import AtopPurifier, build_inpainter
 from models.classifiers import Classifier, build_classifier
 from models.defense import DefendedClassifier, Purifier, Seed
 from models.manifest import AidSpec, AtopSpec, Manifest, ZeroPurSpec
-from models.packed import pack_convolutions
+from models.packed import packed_twin
 from models.zeropur import ZeroPurPurifier
 
 MANIFEST = "bundle.json"
@@ -37,7 +37,11 @@ class BundleError(ValueError):
 
 
 class Bundle:
-    """A loaded bundle: a frozen classifier and its defenses, on one device, in eval mode."""
+    """A loaded bundle: a frozen classifier and its defenses, on one device, in eval mode.
+
+    `classifier`, `inpainter` and `discriminator` are the networks as they are; the defenses run twins of them that
+    share their weights and keep them packed (see `models.packed`).
+    """
 
     def __init__(
         self,
@@ -53,11 +57,13 @@ class Bundle:
         self.manifest, self.classifier, self.digest = manifest, classifier, digest
         self.report = dict(report or {})
         self.inpainter, self.discriminator = inpainter, discriminator
-        specs = manifest.defenses
-        self.aid = Aid(classifier, discriminator, specs.aid.taps) if specs.aid and discriminator else None
         for part in (classifier, inpainter, discriminator):
             if part is not None:
                 part.eval().requires_grad_(False)
+        self._packed_classifier = packed_twin(classifier)
+        self._packed_inpainter = None if inpainter is None else packed_twin(inpainter)
+        aid = manifest.defenses.aid
+        self.aid = Aid(self._packed_classifier, discriminator, aid.taps) if aid and discriminator else None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -80,17 +86,17 @@ class Bundle:
         Raises UnknownDefense for a chain that the bundle does not offer.
         """
         chain = [self._purifier(name, preset) for name, preset in self.manifest.chain(defense)]
-        return DefendedClassifier(self.classifier, chain, votes=votes, seed=seed).eval()
+        return DefendedClassifier(self._packed_classifier, chain, votes=votes, seed=seed).eval()
 
     def _purifier(self, name: str, preset: str) -> Purifier:
         spec = self.manifest.defenses.offered()[name]
         match spec:
-            case AtopSpec() if self.inpainter is not None:
-                return AtopPurifier(self.inpainter, spec.presets[preset])
+            case AtopSpec() if self._packed_inpainter is not None:
+                return AtopPurifier(self._packed_inpainter, spec.presets[preset])
             case AidSpec() if self.aid is not None:
                 return AidPurifier(self.aid, spec.presets[preset])
             case ZeroPurSpec():
-                return ZeroPurPurifier(self.classifier, spec.presets[preset])
+                return ZeroPurPurifier(self._packed_classifier, spec.presets[preset])
         raise BundleError(f"bundle {self.manifest.name} offers {name} but was put together without its network")
 
     @torch.no_grad()
@@ -133,7 +139,6 @@ def load_bundle(directory: str | Path, device: str | torch.device = "cpu") -> Bu
     for name, part in parts.items():
         _load_weights(directory, f"{name}.safetensors", part, manifest)
         part.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        pack_convolutions(part)
     return Bundle(
         manifest,
         parts["classifier"],  # type: ignore[arg-type]

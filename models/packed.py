@@ -7,8 +7,9 @@ weights and for those of its adjoint, which is a convolution too; so gradients o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 MAX_PACKED_BATCH = 2
 """Beyond it packing saves nothing that could be measured."""
 
+N = TypeVar("N", bound=nn.Module)
 LinearMap = Callable[[Tensor], Tensor]
 
 
@@ -98,14 +100,19 @@ def _packed_map(weight: Tensor, padding: list[int]) -> LinearMap:
     return convolve
 
 
-def pack_convolutions(network: nn.Module) -> None:
-    """Let every plain convolution of stride 1 in a frozen `network` keep its weights packed; nothing without oneDNN."""
-    if not torch.backends.mkldnn.is_available():
-        return
-    for parent in list(network.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Conv2d and _can_be_packed(child):
-                setattr(parent, name, PackedConv2d(child))
+def packed_twin(network: N) -> N:
+    """A copy of a frozen `network` that shares its parameters and buffers and packs its plain convolutions of stride 1.
+
+    The copy packs nothing where there is no oneDNN.
+    """
+    shared = [*network.parameters(), *network.buffers()]
+    twin = copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
+    if torch.backends.mkldnn.is_available():
+        for parent in list(twin.modules()):
+            for name, child in list(parent.named_children()):
+                if type(child) is nn.Conv2d and _can_be_packed(child):
+                    setattr(parent, name, PackedConv2d(child))
+    return twin
 
 
 def _can_be_packed(conv: nn.Conv2d) -> bool:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.packed import MAX_PACKED_BATCH, PackedConv2d, pack_convolutions
+from models.packed import MAX_PACKED_BATCH, PackedConv2d, packed_twin
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -87,10 +87,12 @@ def test_only_plain_convolutions_are_packed_and_the_network_keeps_its_names() ->
         nn.Conv2d(4, 4, 1, padding=1),
     )
     names = list(network.state_dict())
-    pack_convolutions(network)
-    kinds = [type(module).__name__ for module in network.modules() if isinstance(module, nn.Conv2d)]
+    twin = packed_twin(network)
+    kinds = [type(module).__name__ for module in twin.modules() if isinstance(module, nn.Conv2d)]
     assert kinds == ["PackedConv2d", "PackedConv2d", "Conv2d", "Conv2d", "Conv2d", "Conv2d"]
-    assert list(network.state_dict()) == names
+    assert list(twin.state_dict()) == names
+    assert all(mine is own for mine, own in zip(twin.parameters(), network.parameters(), strict=True))
+    assert not any(isinstance(module, PackedConv2d) for module in network.modules())
 
 
 def test_copies_and_files_hold_the_weights_only() -> None:
