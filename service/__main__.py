@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import gc
 import logging
@@ -116,6 +117,12 @@ def _listen(settings: Settings) -> socket.socket:
     return listener
 
 
+def _check_repository(settings: Settings) -> None:
+    """Raises SettingsError if there is no such directory; an empty one may be filled before the next start."""
+    if not settings.model_repository.is_dir():
+        raise SettingsError(f"{PREFIX}MODEL_REPOSITORY: {settings.model_repository} is not a directory")
+
+
 def _check_device(settings: Settings) -> None:
     """Raises SettingsError if a CUDA device is required and absent."""
     if settings.device.startswith("cuda"):
@@ -170,8 +177,13 @@ def _leave_now() -> None:
 
 def main() -> None:
     """Serve until a signal; exit 0 after a drain, 2 with one line if a setting is wrong."""
+    argparse.ArgumentParser(
+        prog="python -m service",
+        description="Serve a model repository. Settings are environment variables, see service/README.md.",
+    ).parse_args()
     try:
         settings = load_settings()
+        _check_repository(settings)
         _check_device(settings)
         listener = _listen(settings)
     except SettingsError as error:

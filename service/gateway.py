@@ -105,7 +105,7 @@ class Gateway:
         if not self.catalog.bundles:
             return "no bundle is loaded"
         if not self._has_default_model():
-            return "the default model is not loaded"
+            return f"the default model {self.settings.default_model} is not loaded"
         patience_s = self.settings.request_timeout_ms / 1000 if self.batcher.busy else STALE_BEAT_S
         return "the engine is silent" if self.batcher.silence_s > patience_s else None
 

@@ -51,7 +51,7 @@ class Catalog:
             return name, self.bundles[name]
         versions = [key for key in self.bundles if _name_and_version(key)[0] == name]
         if not versions:
-            raise UnknownModel
+            raise UnknownModel(f"loaded are {', '.join(sorted(self.bundles)) or 'none'}")
         newest = max(versions, key=_name_and_version)
         return newest, self.bundles[newest]
 

@@ -354,6 +354,7 @@ async def metrics(request: Request) -> Response:
 
 @router.get("/problems/{slug}", summary="What a problem type means", response_class=HTMLResponse)
 async def problem(slug: str) -> HTMLResponse:
+    slug = slug.replace("_", "-")  # as in `code`
     page = pages().get(slug)
     if page is None:
         raise HTTPException(404)

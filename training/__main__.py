@@ -53,7 +53,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, recipe in RECIPES.items():
         summary = (recipe.__doc__ or "").replace("`", "")
-        command = commands.add_parser(name, help=summary, description=summary)
+        command = commands.add_parser(
+            name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
         command.add_argument("--recipe", type=Path, required=True, help="a TOML file, see training/recipes/")
         command.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
         command.set_defaults(data=None)
@@ -61,7 +63,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             command.add_argument("--runs", type=Path, default=Path("runs"), help="where run directories are")
         if name != "export":
             command.add_argument("--data", help="a folder or hub name, instead of the recipe's data.source")
-            command.add_argument("--device", type=torch.device, default=default_device(), help="cpu, cuda or cuda:N")
+            command.add_argument("--device", type=device, default=default_device(), help="cpu, cuda or cuda:N")
         if name == "evaluate":
             command.add_argument(
                 "--bundle", type=Path, default=Path("models/bundles/cifar10/1"), help="what to evaluate"
@@ -69,6 +71,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         if name == "export":
             command.add_argument("--repository", type=Path, default=Path("models/bundles"), help="where to export to")
     return parser.parse_args(arguments)
+
+
+def device(name: str) -> torch.device:
+    """Raises ValueError, which argparse answers, for what torch does not know."""
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(name) from None
 
 
 def default_device() -> torch.device:

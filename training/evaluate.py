@@ -24,6 +24,7 @@ from training.config import EvaluateRecipe
 from training.data import DataError, ImageSet, in_batches, load_split
 from training.provenance import git_commit, hardware, library_versions
 
+UNDEFENDED = "these attacks know the bare classifier, but stronger ones were not run"
 GREY_BOX_ONLY = "only grey-box attacks were run: the attacker did not know the defense"
 COST_BATCH = 32
 COST_REPEATS = 5
@@ -114,7 +115,7 @@ def measure(
         "adaptive": {},
         "worst_case": None,
         "credible": False,
-        "reasons": [GREY_BOX_ONLY],
+        "reasons": [GREY_BOX_ONLY if bundle.manifest.chain(defense) else UNDEFENDED],
         "cost": round(cost(bundle, defense), 2),
     }
 

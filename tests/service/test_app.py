@@ -73,7 +73,7 @@ def test_row_63_without_a_sound_bundle_the_service_is_live_and_not_ready() -> No
 def test_without_its_default_model_the_service_is_not_ready_but_the_others_answer() -> None:
     async def scenario() -> None:
         async with client(lambda _: loaded(FakeBundle(fake_manifest("other")))) as made:
-            assert await ready(made) == {"status": "not ready", "reason": "the default model is not loaded"}
+            assert await ready(made) == {"status": "not ready", "reason": "the default model colors is not loaded"}
             assert (await made.post("/classify", content=GOOD)).json()["code"] == "unknown_model"
             assert (await made.post("/classify?model=other", content=GOOD)).status_code == 200
 

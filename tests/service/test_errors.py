@@ -30,6 +30,7 @@ def test_every_error_has_a_code_of_its_own_a_title_and_a_page() -> None:
 def test_every_page_is_served(service: Running) -> None:
     for slug, (status, title, _) in pages().items():
         response = service.client.get(f"/problems/{slug}")
+        assert service.client.get(f"/problems/{slug.replace('-', '_')}").text == response.text  # as the code is written
         assert response.status_code == 200
         assert response.headers["content-type"].startswith("text/html")
         assert f"{status}: " in response.text

@@ -39,6 +39,7 @@ def run_service(**environment: str) -> subprocess.CompletedProcess[str]:
     [
         ("CLARIFIER_MAX_BATCHSIZE", "3"),
         ("CLARIFIER_DEVICE", "cuda:77"),
+        ("CLARIFIER_MODEL_REPOSITORY", "no/such/place"),
     ],
 )
 def test_rows_60_and_79_a_wrong_setting_ends_the_start_in_one_line_that_names_it(name: str, value: str) -> None:

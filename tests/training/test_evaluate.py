@@ -18,7 +18,7 @@ from tests.training.tiny import CLASSES, RECIPES, SIDE, Workshop, color_set
 from training.config import EvaluateRecipe
 from training.data import ImageSet
 from training.evaluate import (
-    GREY_BOX_ONLY,
+    UNDEFENDED,
     accuracy,
     aid_scores,
     attacked_sets,
@@ -131,7 +131,7 @@ def test_grey_box_accuracy_breaks_down_where_the_margin_ends(share: float, robus
     assert found["grey_box"]["fgsm"]["accuracy"] == robust
     assert found["grey_box"]["pgd30"]["accuracy"] == robust
     assert not found["credible"]
-    assert found["reasons"] == [GREY_BOX_ONLY]
+    assert found["reasons"] == [UNDEFENDED]
 
 
 def test_attacked_sets_are_the_same_images_within_the_budget_and_repeat() -> None:
