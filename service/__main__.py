@@ -15,6 +15,7 @@ from types import FrameType
 import uvicorn
 from prometheus_client import disable_created_metrics
 
+from service.allocator import keep_freed_memory
 from service.app import Loaded, create_app, decoder_threads, load_engine
 from service.gateway import Gateway
 from service.images import BYTES_PER_DECODED_PIXEL
@@ -144,6 +145,7 @@ def _kept(loaded: Loaded) -> Loaded:
 
 def serve(settings: Settings, listener: socket.socket, load: Callable[[Settings], Loaded] = load_engine) -> None:
     """Run the application on `listener` until a signal."""
+    keep_freed_memory()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter
     app = create_app(settings, lambda settings: _kept(load(settings)))
