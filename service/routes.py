@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
 from html import escape
 from typing import Any
 
@@ -13,6 +12,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from service.downloads import Download
 from service.errors import PROBLEM_JSON, ClarifierError, NoDetector, NotAcceptable, pages, problem_of
@@ -94,9 +94,11 @@ class DirectRoute(APIRoute):
     What that does (dependencies, bodies, validation of answers) takes time, and none of it is used here.
     """
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handler: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
-        return handler
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] not in (self.methods or ()):
+            return await super().handle(scope, receive, send)
+        response = await self.endpoint(Request(scope, receive, send))
+        await response(scope, receive, send)
 
 
 direct = APIRouter(responses=PROBLEM, tags=["images"], route_class=DirectRoute)
