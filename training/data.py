@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
@@ -31,13 +31,15 @@ class ImageSet:
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    encodings: tuple[str, ...] = ()
+    """How the files were compressed, such as `JPEG`: accuracies on lossy copies of a data set are not those on it."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self, indices: Tensor) -> ImageSet:
         """The images at `indices`, in that order."""
-        return ImageSet(self.images[indices], self.labels[indices], self.classes)
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
 
     def fingerprint(self) -> str:
         """sha256 over pixels and labels: two reports speak of the same images when it is equal."""
@@ -62,12 +64,14 @@ def load_split(recipe: DataRecipe, split: str) -> ImageSet:
     if len(labels) == 0 or int(labels.min()) < 0 or int(labels.max()) >= len(classes):
         raise DataError(f"the labels of {recipe.source} ({split}) do not fit {len(classes)} classes")
     pixels = np.empty((len(table), 3, recipe.input_size, recipe.input_size), dtype=np.uint8)
+    encodings = set[str]()
     try:
         for row, image in enumerate(table[image_column]):
             pixels[row] = _to_input(image, recipe.input_size)
+            encodings.add(image.format or "unknown")
     except (OSError, ValueError) as error:
         raise DataError(f"{recipe.source} ({split}) holds an image that cannot be decoded: {error}") from error
-    return ImageSet(torch.from_numpy(pixels), labels, tuple(classes))
+    return ImageSet(torch.from_numpy(pixels), labels, tuple(classes), tuple(sorted(encodings)))
 
 
 def _open(source: str, split: str) -> datasets.Dataset:

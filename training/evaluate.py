@@ -56,6 +56,7 @@ def evaluate(recipe: EvaluateRecipe, directory: Path, device: torch.device) -> d
         "bundle": f"{bundle.manifest.name}@{bundle.manifest.version}",
         **recipe.model_dump(mode="json", exclude={"data": {"source"}}),
         "data_sha256": data.fingerprint(),
+        "data_encodings": list(data.encodings),
         "weights_sha256": {n: h for n, h in bundle.manifest.files.items() if n.endswith(".safetensors")},
         "git_commit": git_commit(),
         "libraries": library_versions(),

@@ -103,6 +103,15 @@ def test_an_image_folder_names_its_classes_by_its_folders(tmp_path: Path) -> Non
     ]
 
 
+def test_the_data_tells_how_its_files_were_compressed(tmp_path: Path) -> None:
+    for index, kind in enumerate(["png", "jpg"]):
+        (tmp_path / "train" / str(index)).mkdir(parents=True)
+        picture().save(tmp_path / "train" / str(index) / f"0.{kind}")
+    data = load_split(recipe_for(tmp_path), "train")
+    assert data.encodings == ("JPEG", "PNG")
+    assert data.subset(torch.tensor([0])).encodings == ("JPEG", "PNG")
+
+
 def test_numbered_labels_take_their_names_from_the_recipe(tmp_path: Path) -> None:
     whole = {"label": datasets.Value("int64")}
     write_table(tmp_path, {"img": [picture(), picture()], "label": [1, 0]}, whole)

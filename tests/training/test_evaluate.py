@@ -203,6 +203,7 @@ def test_the_report_says_how_to_get_it_again(finished: Workshop) -> None:
     assert recipe["eps"] == 8 / 255
     assert recipe["pgd_step_size"] == 2 / 255
     assert recipe["data_sha256"] == color_set(24, seed=1).fingerprint()
+    assert recipe["data_encodings"] == ["PNG"]
     weights = (finished.bundle / "classifier.safetensors").read_bytes()
     assert recipe["weights_sha256"]["classifier.safetensors"] == hashlib.sha256(weights).hexdigest()
     assert {"git_commit", "libraries", "hardware", "wall_s", "seed", "batch_size"} <= recipe.keys()
