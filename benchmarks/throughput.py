@@ -2,17 +2,18 @@
 
 1. One request at a time, warm: the median latency of `none`, `atop` and `zeropur`.
 2. 64 keep-alive clients with `atop`: requests per second, as a ratio to the same defense called without a service
-   in batches of `MAX_BATCH_SIZE`. Offline and serving rounds alternate, so that a machine that gets slower or
-   faster meanwhile does so for both; each figure is the median of its rounds.
+   in batches of `MAX_BATCH_SIZE`; once as a script calls it, once with freed memory kept as the service keeps it.
+   Offline and serving rounds alternate, so that a machine that gets slower or faster meanwhile does so for all; each
+   figure is the median of its rounds.
 
-The service and the load generator are processes of their own; while one side is measured the other is idle.
+The service, the load generator and the offline callers are processes of their own; while one is measured the others
+are idle.
 """
 
 from __future__ import annotations
 
 import asyncio
 import io
-import json
 import os
 import re
 import statistics
@@ -30,6 +31,7 @@ import torch
 from PIL import Image
 
 from models import Bundle, load_bundle
+from service.allocator import keep_freed_memory
 from service.settings import Settings
 
 BUNDLE = Path("models/bundles/cifar10/1")
@@ -44,21 +46,27 @@ START_TIMEOUT_S = 180.0
 
 def run() -> dict[str, object]:
     """Measure, print, and return the figures."""
-    bundle = load_bundle(BUNDLE)
-    image = _photo(bundle.manifest.input_size)
+    image = _photo(load_bundle(BUNDLE).manifest.input_size)
     with _service() as port:
         latency = {name: _latency_ms(port, image, name, count) for name, count in SINGLE_REQUESTS.items()}
-        rounds = [(_offline(bundle), _served(port, image)) for _ in range(ROUNDS)]
-    offline = statistics.median(pair[0] for pair in rounds)
-    served = statistics.median(pair[1] for pair in rounds)
-    ratio = statistics.median(pair[1] / pair[0] for pair in rounds)
+        rounds = [
+            {"offline": _apart("offline"), "offline_kept": _apart("offline_kept"), "served": _served(port, image)}
+            for _ in range(ROUNDS)
+        ]
+    rates = {side: statistics.median(each[side] for each in rounds) for side in rounds[0]}
+    ratio, ratio_kept = (
+        statistics.median(each["served"] / each[side] for each in rounds) for side in ("offline", "offline_kept")
+    )
     for name, milliseconds in latency.items():
         print(f"one request at a time, {name}: p50 {milliseconds:.1f} ms")
-    print(f"atop, {CLIENTS} clients: {served:.1f} requests/s; offline {offline:.1f} images/s; ratio {ratio:.3f}")
+    print(f"atop, {CLIENTS} clients: {rates['served']:.1f} requests/s")
+    print(f"  offline {rates['offline']:.1f} images/s: ratio {ratio:.3f}")
+    print(f"  offline with freed memory kept {rates['offline_kept']:.1f} images/s: ratio {ratio_kept:.3f}")
     return {
         "latency_p50_ms": latency,
-        "throughput": {"clarifier": served, "offline": offline},
+        "rates_per_s": rates,
         "ratio": ratio,
+        "ratio_to_offline_kept": ratio_kept,
         "wanted_ratio": WANTED_RATIO,
         "rounds": rounds,
         "clients": CLIENTS,
@@ -77,8 +85,9 @@ def _photo(input_size: tuple[int, int]) -> bytes:
 # --- offline
 
 
-def _offline(bundle: Bundle) -> float:
+def _offline() -> float:
     """Images per second of `atop` in batches of MAX_BATCH_SIZE, called from here."""
+    bundle = load_bundle(BUNDLE)
     size = Settings.model_fields["max_batch_size"].default
     images = torch.rand(size, 3, *bundle.manifest.input_size, generator=torch.Generator().manual_seed(0))
     _offline_images(bundle, images, WARM_S)
@@ -140,12 +149,11 @@ def _latency_ms(port: int, image: bytes, defense: str, count: int) -> float:
 
 
 def _served(port: int, image: bytes) -> float:
-    """Requests per second of CLIENTS keep-alive clients with `atop`, from a process of their own."""
-    command = [sys.executable, "-m", "benchmarks.throughput", str(port)]
-    ended = subprocess.run(command, input=image, stdout=subprocess.PIPE, check=True)
+    """Requests per second of CLIENTS keep-alive clients with `atop`."""
+    rate = _apart("served", str(port), image=image)
     with urlopen(f"http://127.0.0.1:{port}/readyz", timeout=10) as answer:
         assert answer.status == 200
-    return float(json.loads(ended.stdout)["requests_per_s"])
+    return rate
 
 
 def _request(image: bytes, defense: str) -> bytes:
@@ -185,15 +193,35 @@ async def _read_answer(reader: asyncio.StreamReader) -> None:
     await reader.readexactly(int(head[start : head.index(b"\r\n", start)]))
 
 
-def _generate(port: int, image: bytes) -> None:
-    """The load generator's process: warm the path, measure, and print the figure as JSON."""
+def _generate(port: int, image: bytes) -> float:
+    """The load generator: warm the path, then measure."""
     import uvloop
 
     request = _request(image, "atop")
     uvloop.run(_load(port, request, clients=CLIENTS, seconds=WARM_S, requests=0))
     measured = uvloop.run(_load(port, request, clients=CLIENTS, seconds=ROUND_S, requests=0))
-    print(json.dumps({"requests_per_s": measured["requests_per_s"]}))
+    return float(measured["requests_per_s"])
+
+
+# --- processes of their own
+
+
+def _apart(side: str, *arguments: str, image: bytes = b"") -> float:
+    """The rate that this module measures when it is run for `side`."""
+    command = [sys.executable, "-m", "benchmarks.throughput", side, *arguments]
+    return float(subprocess.run(command, input=image, stdout=subprocess.PIPE, check=True).stdout)
+
+
+def _main(side: str, *arguments: str) -> None:
+    match side:
+        case "offline":
+            print(_offline())
+        case "offline_kept":
+            keep_freed_memory()
+            print(_offline())
+        case "served":
+            print(_generate(int(arguments[0]), sys.stdin.buffer.read()))
 
 
 if __name__ == "__main__":
-    _generate(int(sys.argv[1]), sys.stdin.buffer.read())
+    _main(*sys.argv[1:])
