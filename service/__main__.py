@@ -27,6 +27,10 @@ from service.uploads import batch_body_bytes
 logger = logging.getLogger("service")
 
 MISCONFIGURED = 2
+ENGINE_DIED = 70
+"""EX_SOFTWARE of BSD's sysexits."""
+ENGINE_WATCH_S = 1.0
+"""Between two looks at the engine: probes have the time to see that it has ended."""
 SOCKET_BUFFER_BYTES = 64 * 1024
 """That uvicorn reads ahead of a request."""
 KEEP_ALIVE_S = 75
@@ -37,20 +41,34 @@ COLLECTION_THRESHOLD = 10_000
 
 
 class Server(uvicorn.Server):
-    """uvicorn with the time line of a drain: not ready, still accepting, refusing, finishing, exit 0."""
+    """uvicorn with the time line of a drain: not ready, still accepting, refusing, finishing, exit 0.
+
+    It ends by itself, with `engine_died` set, if the engine does.
+    """
 
     def __init__(self, config: uvicorn.Config, gateway: Gateway) -> None:
         super().__init__(config)
+        self.engine_died = False
         self._gateway = gateway
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        announcing = asyncio.create_task(_announce_when_ready(self._gateway, self.config.port))
+        beside = [
+            asyncio.create_task(_announce_when_ready(self._gateway, self.config.port)),
+            asyncio.create_task(self._end_with_the_engine()),
+        ]
         try:
             await super().serve(sockets)
         finally:
-            announcing.cancel()
+            for task in beside:
+                task.cancel()
+
+    async def _end_with_the_engine(self) -> None:
+        while not self._gateway.engine_died:
+            await asyncio.sleep(ENGINE_WATCH_S)
+        logger.critical("the engine has ended: so does this process, to be started again")
+        self.engine_died = self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal begins the drain, the second ends the process now."""
@@ -144,7 +162,7 @@ def _kept(loaded: Loaded) -> Loaded:
 
 
 def serve(settings: Settings, listener: socket.socket, load: Callable[[Settings], Loaded] = load_engine) -> None:
-    """Run the application on `listener` until a signal."""
+    """Run the application on `listener` until a signal. Raises SystemExit(70) if the engine ends by itself."""
     keep_freed_memory()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter
@@ -163,7 +181,10 @@ def serve(settings: Settings, listener: socket.socket, load: Callable[[Settings]
         timeout_graceful_shutdown=int(settings.drain_timeout_s) + 2,
     )
     gateway = app.state.gateway
-    Server(config, gateway).run([listener])
+    server = Server(config, gateway)
+    server.run([listener])
+    if server.engine_died:
+        sys.exit(ENGINE_DIED)
     loading = gateway.batcher is None and not gateway.failure
     if loading or (gateway.batcher is not None and gateway.batcher.alive):
         _leave_now()
@@ -178,7 +199,7 @@ def _leave_now() -> None:
 
 
 def main() -> None:
-    """Serve until a signal; exit 0 after a drain, 2 with one line if a setting is wrong."""
+    """Serve until a signal; exit 0 after a drain, 2 with one line if a setting is wrong, 70 if the engine ends."""
     argparse.ArgumentParser(
         prog="python -m service",
         description="Serve a model repository. Settings are environment variables, see service/README.md.",

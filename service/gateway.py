@@ -109,6 +109,11 @@ class Gateway:
         patience_s = self.settings.request_timeout_ms / 1000 if self.batcher.busy else STALE_BEAT_S
         return "the engine is silent" if self.batcher.silence_s > patience_s else None
 
+    @property
+    def engine_died(self) -> bool:
+        """Whether the engine thread has ended though nobody asked it to: only another process can help."""
+        return self.batcher is not None and not self.batcher.alive and not self.draining
+
     def _has_default_model(self) -> bool:
         try:
             self.catalog.find(self.settings.default_model)

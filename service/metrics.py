@@ -38,6 +38,7 @@ class Metrics:
         self.rejected = self._counter(
             "rejected", "Requests, and images of batches, refused or given up; by problem code.", ("reason",)
         )
+        self.mislabeled = self._counter("mislabeled", "Images of another kind than was declared.", ())
         self.aid_score = self._histogram("aid_score", "1 natural, 0 adversarial.", (), SCORES)
         self.suspicious = self._counter("suspicious", "Images below their bundle's AID threshold.", ("model",))
         self.flips = self._counter("flips", "Defended label differs from the undefended.", ("model", "defense"))
@@ -73,6 +74,8 @@ class Metrics:
         _series(self.request_duration, record.route).observe(record.elapsed_ms() / 1000)
         for stage, milliseconds in record.timing_ms.items():
             _series(self.stage_duration, stage).observe(milliseconds / 1000)
+        if record.mislabeled:
+            self.mislabeled.inc()
         if record.code:
             self.count_refusal(record.code, record.status)
 

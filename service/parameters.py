@@ -21,7 +21,8 @@ Defense = Annotated[
     Field(
         max_length=1024,
         description="`none`, or a comma-separated chain of the bundle's defenses, applied left to right; a "
-        "preset follows a colon: `atop:rt3,aid`. Unset: the bundle's default.",
+        "preset follows a colon: `atop:rt3,aid`. Unset: the bundle's default. `zeropur` turns away from any confident "
+        "answer, right or wrong: it is for images that you already suspect, and ruins clean ones.",
     ),
 ]
 Seed = Annotated[
@@ -33,8 +34,8 @@ Votes = Annotated[
     Field(
         ge=1,
         le=64,
-        description="Random draws whose probabilities are averaged; at most 8 with `aid` or `zeropur`, which are slow. "
-        "A defense that draws nothing runs once.",
+        description="Random draws whose probabilities are averaged; at most 8 for a random chain with `aid` or "
+        "`zeropur`, which are slow. A defense that draws nothing runs once.",
     ),
 ]
 TopK = Annotated[int | None, Field(ge=1, description="How many classes to list, at most all; 5 if unset.")]
@@ -51,6 +52,7 @@ def _must_be_false(explain: bool) -> bool:
 
 
 NoVotes = Annotated[int, Field(ge=1, le=1, description="Only 1: an image is purified by one draw.")]
+NoTop = Annotated[int | None, Field(ge=1, description="Accepted and without effect: nothing is classified.")]
 NoExplanation = Annotated[bool, AfterValidator(_must_be_false), Field(description="Only false.")]
 Size = Annotated[
     Literal["model", "original"],
@@ -94,6 +96,7 @@ class PurifyParameters(DefenseParameters):
 
     size: Size = "model"
     votes: NoVotes = 1
+    top_k: NoTop = None
     explain: NoExplanation = False
 
 

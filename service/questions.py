@@ -110,9 +110,10 @@ def _key(operation: Operation, name: str, manifest: Manifest, parameters: ModelP
         return Key(operation, name, defense)
     if parameters.top_k is not None and parameters.top_k > len(manifest.classes):
         raise invalid(("query", "top_k", f"the model has {len(manifest.classes)} classes"))
-    if parameters.votes > MAX_SLOW_VOTES and not SLOW_DEFENSES.isdisjoint(step for step, _ in manifest.chain(defense)):
-        raise invalid(("query", "votes", f"is at most {MAX_SLOW_VOTES} with {' or '.join(sorted(SLOW_DEFENSES))}"))
     votes = parameters.votes if manifest.is_random(defense) else 1
+    if votes > MAX_SLOW_VOTES and not SLOW_DEFENSES.isdisjoint(step for step, _ in manifest.chain(defense)):
+        slow = " or ".join(sorted(SLOW_DEFENSES))
+        raise invalid(("query", "votes", f"is at most {MAX_SLOW_VOTES} for a random chain with {slow}"))
     return Key(operation, name, defense, votes, parameters.explain)
 
 
@@ -126,8 +127,8 @@ async def read_upload(question: Question[ModelParameters], request: Request) -> 
     gateway = question.gateway
     settings = gateway.settings
     reading = read_image(request, question.account, gateway.decoders, settings.max_image_bytes, settings.body_timeout_s)
-    data = await _by_deadline(question.deadline, reading)
-    question.record.bytes = len(data)
+    data, declared = await _by_deadline(question.deadline, reading)
+    question.record.bytes, question.record.declared = len(data), declared
     question.batcher.reserve(question.places, 1)
     return data
 

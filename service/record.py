@@ -28,10 +28,17 @@ class Record:
     bytes: int = 0
     format: str = ""
     """Detected, not declared."""
+    declared: str = ""
+    """The client's word for it: neither believed nor logged, only compared."""
     width: int = 0
     height: int = 0
     digest: str = ""
     timing_ms: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def mislabeled(self) -> bool:
+        """Whether the upload is an image of another kind than was declared."""
+        return bool(self.format) and self.declared.startswith("image/") and self.declared != f"image/{self.format}"
 
     def time(self, stage: str, milliseconds: float) -> None:
         """Note how long a stage took; of several images the longest."""

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from fastapi import Request
 from python_multipart.multipart import parse_options_header
@@ -35,10 +36,19 @@ FRAMING_BYTES = 16 * 1024
 MAX_HEAD_BYTES = 8 * 1024
 MAX_HEAD_LINES = 16
 """Of one part of a multipart message. Browsers send two lines."""
+SPARE_PARTS = 64
+"""A message may have so many parts more than images: enough to name the first wrong one, not to count a flood."""
 BATCH_BODY_IMAGES = 4
 """A batch's body may be this many times the limit of one image, however many images it holds."""
 BUDGET_IMAGES = 64
 """Uploads and large answers together may have this many times the limit of one image, or two bodies of batches."""
+
+
+class Upload(NamedTuple):
+    """The bytes of one image, and the media type that its sender declared, empty if none."""
+
+    data: bytes
+    declared: str
 
 
 class ByteBudget:
@@ -79,7 +89,7 @@ class Account:
         self._held = 0
 
 
-async def read_image(request: Request, account: Account, parsers: Executor, max_bytes: int, timeout_s: float) -> bytes:
+async def read_image(request: Request, account: Account, parsers: Executor, max_bytes: int, timeout_s: float) -> Upload:
     """The one image of `request`: its raw body, or its multipart field `image`, which one of `parsers` takes out.
 
     Raises UnsupportedMedia, EmptyBody, BodyTooLarge (declared: before reading; else at the first byte over),
@@ -89,7 +99,7 @@ async def read_image(request: Request, account: Account, parsers: Executor, max_
     if boundary is None:
         if content_type not in RAW_TYPES:
             raise UnsupportedMedia("send an image type, application/octet-stream or multipart/form-data")
-        return await _read(request, account, max_bytes, timeout_s)
+        return Upload(await _read(request, account, max_bytes, timeout_s), content_type)
     body = await _read(request, account, max_bytes + FRAMING_BYTES, timeout_s)
     loop = asyncio.get_running_loop()
     return (await loop.run_in_executor(parsers, _images_of, body, boundary, "image", 1, max_bytes))[0]
@@ -107,7 +117,8 @@ async def read_images(
         raise UnsupportedMedia("send multipart/form-data with the images in fields named images")
     body = await _read(request, account, batch_body_bytes(max_images, max_bytes), timeout_s)
     loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(parsers, _images_of, body, boundary, "images", max_images, max_bytes)
+    uploads = await loop.run_in_executor(parsers, _images_of, body, boundary, "images", max_images, max_bytes)
+    return [upload.data for upload in uploads]
 
 
 def budget_bytes(max_images: int, max_bytes: int) -> int:
@@ -161,31 +172,33 @@ async def _read_until(request: Request, account: Account, limit: int) -> bytes:
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
-def _images_of(body: bytes, boundary: bytes, field: str, max_images: int, max_bytes: int) -> list[bytes]:
+def _images_of(body: bytes, boundary: bytes, field: str, max_images: int, max_bytes: int) -> list[Upload]:
     """The files of a multipart body; stops at the first part that may not be there."""
-    images = list[bytes]()
-    for head, content in _parts(body, boundary):
-        _check_part(head, field)
+    images = list[Upload]()
+    for head, content in _parts(body, boundary, max_images + SPARE_PARTS):
+        declared = _check_part(head, field)
         if len(images) == max_images:
             raise _too_many(field, max_images)
         if field == "image" and not content:
             raise _wrong_field("image", "the file in the field image is empty")
         if len(content) > max_bytes:
             raise BodyTooLarge(f"an image may have {max_bytes} bytes", limit=max_bytes, actual=len(content))
-        images.append(bytes(content))
+        images.append(Upload(bytes(content), declared))
     if not images:
         raise _wrong_field(field, f"a file named {field} is missing")
     return images
 
 
-def _parts(body: bytes, boundary: bytes) -> Iterator[tuple[bytes, memoryview]]:
+def _parts(body: bytes, boundary: bytes, max_parts: int) -> Iterator[tuple[bytes, memoryview]]:
     """Head and content of each part (RFC 2046, 5.1.1), found by searching: no step is made per byte of content.
 
-    Nothing may stand before the first boundary; what follows the last is not looked at. Raises MalformedMultipart.
+    Nothing may stand before the first boundary, and little after the last. Raises MalformedMultipart.
     """
     delimiter = b"\r\n--" + boundary
     if not body.startswith(delimiter[2:]):
         raise MalformedMultipart("the message does not start with its boundary")
+    if body.count(delimiter) > max_parts:
+        raise MalformedMultipart(f"the message has more than {max_parts} parts")
     position = len(delimiter) - 2
     while body[position : position + 2] != b"--":
         start = position + 2
@@ -197,10 +210,12 @@ def _parts(body: bytes, boundary: bytes) -> Iterator[tuple[bytes, memoryview]]:
             raise MalformedMultipart("the closing boundary is missing")
         yield body[start:head_end], memoryview(body)[head_end + 4 : end]
         position = end + len(delimiter)
+    if len(body) - position > FRAMING_BYTES:
+        raise MalformedMultipart("too much follows the closing boundary")
 
 
-def _check_part(head: bytes, field: str) -> None:
-    """Raises MalformedMultipart or WrongField unless `head` is that of a file in `field`."""
+def _check_part(head: bytes, field: str) -> str:
+    """The declared type of a part. Raises MalformedMultipart or WrongField unless it is a file in `field`."""
     lines = head.split(b"\r\n")
     if len(lines) > MAX_HEAD_LINES or not all(b":" in line for line in lines):
         raise MalformedMultipart("the head of a part cannot be read")
@@ -213,6 +228,10 @@ def _check_part(head: bytes, field: str) -> None:
         raise _wrong_field(_printable(name), f"the image goes into a field named {field}")
     if b"filename" not in options:
         raise MalformedMultipart(f"{field} is a text field: send it as a file, with a file name")
+    declared, _ = parse_options_header(headers.get(b"content-type", b""))
+    if declared.startswith(b"multipart/"):
+        raise MalformedMultipart("a part is itself multipart: send the image itself")
+    return declared.decode("latin-1")
 
 
 def _too_many(field: str, max_images: int) -> WrongField | TooManyImages:

@@ -55,6 +55,14 @@ def webp_of(width: int, height: int) -> bytes:
     return b"RIFF" + struct.pack("<I", 12 + len(payload)) + b"WEBPVP8L" + struct.pack("<I", len(payload)) + payload
 
 
+def webp_with_alpha(width: int, height: int) -> bytes:
+    """An extended WebP of that size whose alpha is a lossless stream of zeros, without a picture under it."""
+    size = struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
+    alpha = b"\1" + bytes(4095)
+    chunks = b"VP8X" + struct.pack("<I", 10) + b"\x10\0\0\0" + size + b"ALPH" + struct.pack("<I", len(alpha)) + alpha
+    return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WEBP" + chunks
+
+
 def bmp_of(width: int, height: int, *, compression: int = 0, offset: int = 54, colors: int = 0) -> bytes:
     header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, compression, 0, 0, 0, colors, 0)
     return b"BM" + struct.pack("<IHHI", 0, 0, 0, offset) + header + bytes(1000)

@@ -21,7 +21,7 @@ from service.__main__ import worst_case_bytes
 from service.app import decoder_threads
 from service.images import BYTES_PER_DECODED_PIXEL
 from tests.service.conftest import Running, running, until
-from tests.service.fakes import ENTERED, FakeBundle, green, png
+from tests.service.fakes import ENTERED, FATAL_VALUE, FakeBundle, green, marked, png
 
 ROOT = Path(__file__).parents[2]
 GOOD = png(green())
@@ -116,6 +116,13 @@ def test_row_76_a_second_sigterm_exits_at_once() -> None:
         started.send_signal(signal.SIGTERM)
         assert started.wait(10) == 128 + signal.SIGTERM
         assert isinstance(lost.exception(20), httpx.TransportError)
+
+
+def test_row_53_a_process_whose_engine_has_ended_exits_to_be_started_again() -> None:
+    with process(delay_s=0) as (started, client):
+        response = client.post("/classify?defense=none", content=png(marked(FATAL_VALUE)))
+        assert response.status_code in (500, 503)
+        assert started.wait(30) == 70
 
 
 def test_what_outlasts_the_drain_time_is_answered_503() -> None:

@@ -20,7 +20,7 @@ README = Path(__file__).parents[2] / "service" / "README.md"
 CONTRACT = {
     "requests_total", "request_duration_seconds", "stage_duration_seconds", "batch_size", "queue_depth",
     "rejected_total", "aid_score", "suspicious_total", "flips_total", "predictions_total",
-    "engine_errors_total", "device_memory_bytes", "model_info",
+    "engine_errors_total", "device_memory_bytes", "model_info", "mislabeled_total",
 }  # fmt: skip
 
 
