@@ -5,15 +5,18 @@ from __future__ import annotations
 import io
 import json
 import re
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 
 import numpy as np
+import psutil
 import pytest
 
+from service.app import decoder_threads
 from service.errors import ClarifierError, problem_of
-from service.images import to_floats
+from service.images import BYTES_PER_DECODED_PIXEL, to_floats
 from service.schemas import Problem
 from service.work import Pixels
 from tests.service.conftest import Running, running, until
@@ -238,16 +241,25 @@ def test_row_30_a_pixel_bomb_is_413(service: Running) -> None:
         assert problem["actual"] > problem["limit"]
 
 
-def test_row_31_many_large_images_at_once_are_served(service: Running) -> None:
-    large = png(np.zeros((3000, 3000, 3), np.uint8))
+def test_row_31_large_images_at_once_take_the_memory_that_the_banner_allows(service: Running) -> None:
+    settings = service.gateway.settings
+    side = int(settings.max_image_pixels**0.5)
+    large = png(np.zeros((side, side, 3), np.uint8))
+    process = psutil.Process()
+    before = peak = process.memory_info().rss
 
     def ask(_: int) -> int:
         return service.client.post("/classify?defense=none", content=large).status_code
 
     with ThreadPoolExecutor(16) as clients:
-        statuses = set(clients.map(ask, range(16)))
+        answers = [clients.submit(ask, number) for number in range(16)]
+        while not all(answer.done() for answer in answers):
+            peak = max(peak, process.memory_info().rss)
+            time.sleep(0.002)
+    statuses = {answer.result() for answer in answers}
     assert 200 in statuses
     assert statuses <= {200, 429}
+    assert peak - before < decoder_threads() * BYTES_PER_DECODED_PIXEL * settings.max_image_pixels + 2**26
     assert service.still_answers()
 
 
