@@ -50,12 +50,12 @@ def run() -> dict[str, object]:
     with _service() as port:
         latency = {name: _latency_ms(port, image, name, count) for name, count in SINGLE_REQUESTS.items()}
         rounds = [
-            {"offline": _apart("offline"), "offline_kept": _apart("offline_kept"), "served": _served(port, image)}
+            {"offline": _apart("offline"), "offline_kept": _apart("offline_kept"), "clarifier": _served(port, image)}
             for _ in range(ROUNDS)
         ]
     rates = {side: statistics.median(each[side] for each in rounds) for side in rounds[0]}
     ratio, ratio_kept = (
-        statistics.median(each["served"] / each[side] for each in rounds) for side in ("offline", "offline_kept")
+        statistics.median(each["clarifier"] / each[side] for each in rounds) for side in ("offline", "offline_kept")
     )
     for name, milliseconds in latency.items():
         print(f"one request at a time, {name}: p50 {milliseconds:.1f} ms")
@@ -64,7 +64,7 @@ def run() -> dict[str, object]:
     print(f"  offline with freed memory kept {rates['offline_kept']:.1f} images/s: ratio {ratio_kept:.3f}")
     return {
         "latency_p50_ms": latency,
-        "rates_per_s": rates,
+        "throughput": rates,
         "ratio": ratio,
         "ratio_to_offline_kept": ratio_kept,
         "wanted_ratio": WANTED_RATIO,
@@ -150,7 +150,7 @@ def _latency_ms(port: int, image: bytes, defense: str, count: int) -> float:
 
 def _served(port: int, image: bytes) -> float:
     """Requests per second of CLIENTS keep-alive clients with `atop`."""
-    rate = _apart("served", str(port), image=image)
+    rate = _apart("clarifier", str(port), image=image)
     with urlopen(f"http://127.0.0.1:{port}/readyz", timeout=10) as answer:
         assert answer.status == 200
     return rate
@@ -219,7 +219,7 @@ def _main(side: str, *arguments: str) -> None:
         case "offline_kept":
             keep_freed_memory()
             print(_offline())
-        case "served":
+        case "clarifier":
             print(_generate(int(arguments[0]), sys.stdin.buffer.read()))
 
 

@@ -22,6 +22,7 @@ from models.aid import Aid, AidDiscriminator, AidPurifier, tap_channels
 from models.atop import AtopPurifier, build_inpainter
 from models.classifiers import Classifier, build_classifier
 from models.defense import DefendedClassifier, Purifier, Seed
+from models.files import replace_text
 from models.manifest import AidSpec, AtopSpec, Manifest, ZeroPurSpec
 from models.packed import packed_twin
 from models.zeropur import ZeroPurPurifier
@@ -170,17 +171,21 @@ def save_bundle(bundle: Bundle, directory: str | Path) -> None:
 
 
 def write_report(directory: str | Path, report: Mapping[str, object]) -> None:
-    """Put a report into a bundle, in place of an earlier one, and its hash into bundle.json."""
+    """Put a report into a bundle, in place of an earlier one, and its hash into bundle.json.
+
+    Whenever this is interrupted the bundle stays sound, if without a report.
+    """
     directory = Path(directory)
-    path = directory / REPORT
-    path.write_text(json.dumps(report, indent=1) + "\n")
     manifest = Manifest.model_validate_json(_read_json_bytes(directory, MANIFEST))
-    files = {**manifest.files, REPORT: _sha256(path)}
+    others = {name: sha256 for name, sha256 in manifest.files.items() if name != REPORT}
+    _write_manifest(directory, manifest.model_copy(update={"files": others}))
+    replace_text(directory / REPORT, json.dumps(report, indent=1) + "\n")
+    files = {**others, REPORT: _sha256(directory / REPORT)}
     _write_manifest(directory, manifest.model_copy(update={"files": files}))
 
 
 def _write_manifest(directory: Path, manifest: Manifest) -> None:
-    (directory / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")
+    replace_text(directory / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
 
 
 def _half(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -206,7 +206,8 @@ class Manifest(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        self.resolve(self.default_defense)
+        if [name for name, _ in self.chain(self.default_defense)] == ["zeropur"]:
+            raise ValueError("zeropur alone is no default_defense: it turns clean images away from their right answer")
         atop = self.defenses.atop
         if atop and any(preset.working_size < max(self.input_size) for preset in atop.presets.values()):
             raise ValueError("the working_size of atop is smaller than the input")

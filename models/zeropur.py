@@ -5,7 +5,7 @@ alignment starts again from the received image and moves its features along the 
 shifting found. Everything happens in an l-inf ball around the received image.
 
 Each forward pass ends at the deepest layer that is needed, the features of the received and of the coarse
-image are computed once, in one pass, and gradients go to images only.
+image are computed once, and gradients go to images only.
 """
 
 from __future__ import annotations
@@ -68,23 +68,28 @@ def coarse_shifting(classifier: Classifier, received: Tensor, preset: ZeroPurPre
 def fine_alignment(classifier: Classifier, received: Tensor, coarse: Tensor, preset: ZeroPurPreset) -> Tensor:
     """Algorithm 2: ascend sum_l <f_l(x'') - o_l, d_l>, d_l = f_l(coarse) - o_l, o_l = f_l(received).
 
-    The gradient of that sum is the features' own, weighted by d_l: no loss is ever formed, and o_l drops out.
+    The gradient of that sum is the features' own, weighted by d_l: no loss is formed, and o_l drops out.
     The perceptual term of the later version (`perceptual_weight`) adds the gradient of self-LPIPS.
     """
     layers = preset.fine_layers
+    start = received.detach().requires_grad_()
+    with torch.enable_grad():
+        features = classifier.features(start, layers)
     with torch.no_grad():
-        both = classifier.features(torch.cat([received, coarse]), layers)
-    original, target = zip(*(features.chunk(2) for features in both), strict=True)
+        target = classifier.features(coarse, layers)
+    original = [layer.detach() for layer in features]
     directions = [target_ - original_ for target_, original_ in zip(target, original, strict=True)]
     if preset.perceptual_weight:
         directions = [preset.projection_weight * unit_projection(direction) for direction in directions]
         reference = lpips_features(original)
 
+    # At step 0, x'' = x, whose features are there already; a perceptual distance and its gradient are zero.
+    (gradient,) = torch.autograd.grad(features, start, grad_outputs=directions)
     aligned, (lower, upper) = received, ball(received, preset.eps)
     for step in range(preset.fine_steps):
-        if preset.perceptual_weight and step > 0:  # at step 0, x'' = x: the distance and its gradient are zero
+        if step > 0 and preset.perceptual_weight:
             gradient = _perceptual_gradient(classifier, aligned, reference, directions, preset)
-        else:
+        elif step > 0:
             gradient = input_gradient(lambda images: classifier.features(images, layers), aligned, directions)
         aligned = (aligned + preset.fine_step_size * gradient.sign()).clamp(lower, upper)
     return aligned

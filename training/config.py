@@ -115,6 +115,8 @@ class PurifierRecipe(Recipe):
         multiple = self.inpainter.size_multiple
         if self.transform.working_size % multiple:
             raise ValueError(f"this in-painter needs a transform.working_size that is a multiple of {multiple}")
+        if self.transform.working_size < self.data.input_size:
+            raise ValueError("transform.working_size must not be smaller than data.input_size")
         if self.inpainter.architecture == "deepfill" and self.inpainter.width % 4:
             raise ValueError("the width of a deepfill in-painter is a multiple of 4")
         return self
@@ -133,6 +135,8 @@ class FinetuneRecipe(PurifierRecipe):
     attacked_fraction: Fraction = 1.0
     """Share of the images that FGSM attacks: 1 is the paper's adversarial variant, 0 its clean variant."""
     attack_eps: PositiveFloat = 8 / 255
+    attack_end_to_end: bool = False
+    """Whether FGSM attacks classifier, purifier and transform together, as Eq. 9 reads, or the classifier alone."""
     reconstruction_target: Literal["clean", "input"] = "clean"
     """What L1 and the discriminator call real: the clean image, or the purifier's own (attacked) input."""
     classification_weight: NonNegativeFloat = 0.1

@@ -19,10 +19,14 @@ def export(recipe: ExportRecipe, runs: Path, repository: Path) -> Path:
     """Write `<repository>/<name>/<version>/` from the runs that the recipe names; returns the directory.
 
     Raises RunError for a run that is missing or not finished, RecipeError for a layer that the classifier does not
-    have and for presets that do not fit the trained networks, BundleError if that version is already there.
+    have, for presets that do not fit the trained networks and for a defense that was trained for another classifier,
+    BundleError if that version is already there.
     """
     cpu = torch.device("cpu")
     classifier = trained_classifier(runs, recipe.classifier_run, cpu)
+    for name in (recipe.atop_run, recipe.aid_run):
+        if name is not None:
+            refuse_other_classifier(recipe, runs, name)
     for preset in recipe.zeropur_presets.values():
         refuse_unknown_layers(classifier, preset.fine_layers)
     try:
@@ -38,6 +42,13 @@ def export(recipe: ExportRecipe, runs: Path, repository: Path) -> Path:
     directory = repository / recipe.name / recipe.version
     save_bundle(bundle, directory)
     return directory
+
+
+def refuse_other_classifier(recipe: ExportRecipe, runs: Path, name: str) -> None:
+    """Raise RecipeError if run `name` was not trained for the recipe's classifier."""
+    trained_for = read_recipe_of(runs, name).get("classifier_run")
+    if trained_for is not None and trained_for != recipe.classifier_run:
+        raise RecipeError(f"run {name} was trained for the classifier {trained_for}, not {recipe.classifier_run}")
 
 
 def manifest(recipe: ExportRecipe, runs: Path) -> Manifest:

@@ -18,6 +18,7 @@ import torch
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
+from models.files import replace_text
 from training.config import Recipe
 from training.data import Batches
 
@@ -93,13 +94,6 @@ class Run:
             replace_text(self._metrics, "".join(kept))
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file whole, in one move: whoever is killed meanwhile leaves the old one."""
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
-
-
 def fit(run: Run, task: Task, *, checkpoint_every_s: float, log_every: int = 20) -> dict[str, Any]:
     """Run the task to its last step, from wherever the run's checkpoint left off; returns its summary.
 
@@ -110,7 +104,7 @@ def fit(run: Run, task: Task, *, checkpoint_every_s: float, log_every: int = 20)
     start = run.restore(state)
     began = saved_at = time.monotonic()
     with (
-        SummaryWriter(str(run.directory / "tensorboard"), purge_step=start) as board,
+        SummaryWriter(str(run.directory / "tensorboard"), purge_step=start + 1) as board,
         tqdm(total=task.steps, initial=start, desc=run.directory.name, unit="step") as bar,
     ):
         for done in range(start + 1, task.steps + 1):
@@ -122,6 +116,7 @@ def fit(run: Run, task: Task, *, checkpoint_every_s: float, log_every: int = 20)
                 for name, value in metrics.items():
                     board.add_scalar(name, value, done)
             if done == task.steps or time.monotonic() - saved_at > checkpoint_every_s:
+                board.flush()  # what the checkpoint covers, and nothing later, is there after a kill
                 run.save(done, state, run.wall_s + time.monotonic() - began)
                 saved_at = time.monotonic()
     summary = {

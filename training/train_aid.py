@@ -18,7 +18,7 @@ from training.config import AidRecipe, refuse_unknown_layers
 from training.data import Batches, ImageSet, in_batches, load_split
 from training.precision import autocast
 from training.runs import Run, Stateful, fit
-from training.trained import trained_classifier
+from training.trained import refuse_other_data, trained_classifier
 
 # A quantile at 5 % of 10,000 scores has a standard error of 0.2 points.
 CALIBRATION_IMAGES = 10_000
@@ -96,11 +96,13 @@ def avmixup(images: Tensor, adversarial: Tensor, *, gamma: float, generator: tor
 def train_aid(recipe: AidRecipe, runs: Path, device: torch.device) -> dict[str, Any]:
     """Train, or go on training, the discriminator of a recipe.
 
-    Raises RunError if the classifier's run is missing or not finished, RecipeError for a tap it does not have.
+    Raises RunError if the classifier's run is missing or not finished, RecipeError for a tap it does not have,
+    DataError if it was trained for other classes or another size.
     """
     run = Run(runs, recipe)
     classifier = trained_classifier(runs, recipe.classifier_run, device)
     refuse_unknown_layers(classifier, recipe.discriminator.taps)
     data = load_split(recipe.data, recipe.data.train_split)
+    refuse_other_data(runs, recipe.classifier_run, data)
     task = AidTraining(recipe, data, classifier, device)
     return fit(run, task, checkpoint_every_s=recipe.checkpoint_every_s)

@@ -26,7 +26,7 @@ from training.config import FinetuneRecipe, PretrainRecipe, PurifierRecipe
 from training.data import Batches, ImageSet, load_split
 from training.precision import autocast
 from training.runs import Run, RunError, Stateful, fit, read_recipe_of
-from training.trained import on_device, trained_classifier, trained_inpainter
+from training.trained import on_device, refuse_other_data, trained_classifier, trained_inpainter
 
 
 class PurifierTraining:
@@ -81,16 +81,27 @@ class PurifierTraining:
         return {name: loss.item() for name, loss in losses.items()}
 
     def attack(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
-        """The purifier's input: the images, of which fine-tuning attacks a share by FGSM on the classifier alone."""
-        recipe = self.recipe
-        if not isinstance(recipe, FinetuneRecipe) or self.classifier is None:
+        """The purifier's input: the images, of which fine-tuning attacks a share by FGSM."""
+        recipe, classifier = self.recipe, self.classifier
+        if not isinstance(recipe, FinetuneRecipe) or classifier is None:
             return images
         count = round(recipe.attacked_fraction * len(images))
         if count == 0:
             return images
+
+        def pipeline(images: Tensor) -> Tensor:
+            seeds = self.seeds("attack", step, len(images))
+            logits: Tensor = classifier(self.purifier(images, seeds))
+            return logits
+
+        victim = pipeline if recipe.attack_end_to_end else classifier
         with autocast(self.device, recipe.precision):
-            adversarial = fgsm(self.classifier, images[:count], labels[:count], eps=recipe.attack_eps)
+            adversarial = fgsm(victim, images[:count], labels[:count], eps=recipe.attack_eps)
         return torch.cat([adversarial, images[count:]])
+
+    def seeds(self, purpose: str, step: int, count: int) -> list[int]:
+        """One for each image of a step, for the transform that it goes through."""
+        return [derive_seed(self.recipe.seed, purpose, step, index) for index in range(count)]
 
     def target(self, images: Tensor, attacked: Tensor) -> Tensor:
         """What the reconstruction should be, at the working size (see `FinetuneRecipe.reconstruction_target`)."""
@@ -99,7 +110,7 @@ class PurifierTraining:
 
     def transform(self, attacked: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """t(x): a mask (N, 1, P, P) and the hidden images; RT3 trains on one of its passes, as RT2 does."""
-        seeds = [derive_seed(self.recipe.seed, "transform", step, index) for index in range(len(attacked))]
+        seeds = self.seeds("transform", step, len(attacked))
         mask = self.purifier.draw_masks(seeds, self.device)[0]
         noisy = self.purifier.noisy(self.purifier.enlarge(attacked), seeds)
         return mask, transforms.hide(noisy, mask).contiguous(memory_format=torch.channels_last)
@@ -166,14 +177,15 @@ def finetune_atop(recipe: FinetuneRecipe, runs: Path, device: torch.device) -> d
     """Fine-tune, or go on fine-tuning, a pre-trained in-painter through a frozen classifier.
 
     Raises RunError if the classifier's or the pre-training run is missing or not finished, or if the in-painters
-    differ.
+    differ; DataError if the classifier was trained for other classes or another size.
     """
     run = Run(runs, recipe)
-    data = load_split(recipe.data, recipe.data.train_split)
     pretrained = read_recipe_of(runs, recipe.purifier_run)
     if pretrained["inpainter"] != recipe.inpainter.model_dump():
         raise RunError(f"run {recipe.purifier_run} trained another in-painter than {recipe.name} asks for")
     classifier = trained_classifier(runs, recipe.classifier_run, device)
     initial = trained_inpainter(runs, recipe.purifier_run, device).state_dict()
+    data = load_split(recipe.data, recipe.data.train_split)
+    refuse_other_data(runs, recipe.classifier_run, data)
     task = PurifierTraining(recipe, data, device, classifier, initial)
     return fit(run, task, checkpoint_every_s=recipe.checkpoint_every_s)

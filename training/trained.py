@@ -15,7 +15,8 @@ from models.aid import AidDiscriminator
 from models.atop import build_inpainter
 from models.classifiers import Classifier, build_classifier
 from models.manifest import AidSpec, InpainterSpec
-from training.runs import read_checkpoint, read_recipe_of
+from training.data import DataError, ImageSet
+from training.runs import read_checkpoint, read_recipe_of, read_summary_of
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -43,11 +44,18 @@ def trained_classifier(runs: Path, name: str, device: torch.device) -> Classifie
     recipe, state = read_recipe_of(runs, name), averaged(runs, name)
     classifier = build_classifier(
         recipe["architecture"],
-        num_classes=state["stages.head.weight"].shape[0],
+        num_classes=len(read_summary_of(runs, name)["classes"]),
         input_size=recipe["data"]["input_size"],
     )
     classifier.load_state_dict(state)  # mean and deviation are buffers and come with the weights
     return frozen(classifier, device)
+
+
+def refuse_other_data(runs: Path, name: str, data: ImageSet) -> None:
+    """Raise DataError unless `data` has the classes and the size that a `train-classifier` run was for."""
+    classes, size = read_summary_of(runs, name)["classes"], read_recipe_of(runs, name)["data"]["input_size"]
+    if list(data.classes) != classes or tuple(data.images.shape[2:]) != (size, size):
+        raise DataError(f"run {name} was trained for other classes, or another data.input_size, than these data have")
 
 
 def trained_inpainter(runs: Path, name: str, device: torch.device) -> nn.Module:

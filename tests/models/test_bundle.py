@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from torch import Tensor, nn
 
 from models import Bundle, BundleError, UnknownDefense, load_bundle, save_bundle, write_report
 from models.aid import AidDiscriminator, tap_channels
 from models.atop import build_inpainter
-from models.classifiers import build_classifier
+from models.classifiers import AdoptedClassifier, build_classifier
 from models.manifest import AtopPreset, ClassifierSpec, Manifest
 from tests.networks import tiny_bundle, tiny_manifest, zeropur_preset
 
@@ -121,6 +122,34 @@ def test_serving_calls_keep_no_gradient_even_of_weights_that_ask_for_one() -> No
     assert all(parameter.grad is None for parameter in bundle.classifier.parameters())
 
 
+class Own(nn.Module):
+    """The tiny classifier's layers in a network that knows nothing of ours."""
+
+    def __init__(self, stages: nn.ModuleDict) -> None:
+        super().__init__()
+        self.first, self.second, self.average, self.linear = stages.values()
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.linear(self.average(self.second(self.first(images))))
+        return logits
+
+
+@pytest.mark.parametrize("defense", ["none", "atop", "aid", "zeropur", "atop,aid"])
+def test_a_network_of_ones_own_is_defended_like_ours(defense: str) -> None:
+    ours = tiny_bundle()
+    names = {"stage1": "first", "stage2": "second", "pool": "average", "head": "linear"}
+    adopted = AdoptedClassifier(Own(ours.classifier.stages), names)
+    theirs = Bundle(ours.manifest, adopted, inpainter=ours.inpainter, discriminator=ours.discriminator)
+    images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    purified = [bundle.purify(defense, images, seed=1) for bundle in (ours, theirs)]
+    probabilities = [bundle.probabilities(defense, images, seed=1) for bundle in (ours, theirs)]
+
+    torch.testing.assert_close(*purified)
+    torch.testing.assert_close(*probabilities)
+    torch.testing.assert_close(ours.aid_score(images), theirs.aid_score(images))
+
+
 def test_a_version_once_written_does_not_change(saved: Path) -> None:
     with pytest.raises(BundleError, match="already holds a bundle"):
         save_bundle(real_bundle(), saved)
@@ -134,6 +163,28 @@ def test_a_report_joins_the_bundle_and_its_hashes(saved: Path) -> None:
     assert before.report == {}
     assert after.report == {"undefended": {"standard": 1}}
     assert before.digest != after.digest
+
+
+@pytest.mark.parametrize("moves", [0, 1, 2])
+def test_a_report_that_is_interrupted_leaves_a_sound_bundle(
+    saved: Path, moves: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_report(saved, {"undefended": {"standard": 1}})
+    replace, left = os.replace, iter(range(moves))
+
+    def replace_or_die(source: Path, target: Path) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(saved, {"undefended": {"standard": 2}})
+    monkeypatch.undo()
+
+    assert load_bundle(saved).report in ({}, {"undefended": {"standard": 1}})
+    write_report(saved, {"undefended": {"standard": 2}})
+    assert load_bundle(saved).report == {"undefended": {"standard": 2}}
 
 
 def truncate(path: Path) -> None:

@@ -96,6 +96,8 @@ def test_it_survives_json_whole() -> None:
         {"classes": ["one"]},
         {"input_size": [0, 32]},
         {"default_defense": "magic"},
+        {"default_defense": "zeropur"},
+        {"default_defense": "zeropur:coarse"},
         {"files": {"weights": "abc"}},
         {"unknown_field": 1},
     ],

@@ -116,3 +116,12 @@ def test_layers_that_the_classifier_does_not_have_are_refused_and_nothing_is_wri
     assert finished.run("export", {"name": "wrong", "zeropur_presets": {"code": wrong}}) == 2
     assert "stage9" in capsys.readouterr().err
     assert not (finished.bundle.parents[1] / "wrong").exists()
+
+
+def test_a_defense_that_was_trained_for_another_classifier_is_refused(
+    finished: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finished.run("train-classifier", {"name": "another", "epochs": 0.5, "warmup_epochs": 0}) == 0
+    assert finished.run("export", {"name": "wrong", "classifier_run": "another"}) == 2
+    assert "trained for the classifier classifier, not another" in capsys.readouterr().err
+    assert not (finished.bundle.parents[1] / "wrong").exists()

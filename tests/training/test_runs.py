@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.training.tiny import (
     RECIPES,
@@ -32,7 +33,6 @@ from training.runs import (
     read_checkpoint,
     read_recipe_of,
     read_summary_of,
-    replace_text,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -110,6 +110,20 @@ def test_metrics_that_no_checkpoint_covers_are_dropped(tmp_path: Path, monkeypat
     assert [line["step"] for line in metrics_of(run)] == [1, 2]
 
 
+def test_tensorboard_tells_each_step_once_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path, RECIPE)
+    with pytest.raises(Killed):
+        fit(run, interrupt(Slope(), 5, monkeypatch), checkpoint_every_s=1e-9, log_every=1)
+    with pytest.raises(Killed):
+        fit(Run(tmp_path, RECIPE), interrupt(Slope(), 7, monkeypatch), checkpoint_every_s=1e9, log_every=1)
+    fit(Run(tmp_path, RECIPE), Slope(), checkpoint_every_s=60, log_every=1)
+
+    board = EventAccumulator(str(run.directory / "tensorboard"))
+    board.Reload()
+
+    assert [event.step for event in board.Scalars("loss")] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     fit(Run(tmp_path, RECIPE), Slope(), checkpoint_every_s=60)
     before = (tmp_path / RECIPE.name / "metrics.jsonl").read_text()
@@ -143,21 +157,6 @@ def test_a_checkpoint_that_dies_half_way_leaves_the_old_one(tmp_path: Path, monk
 
     assert (run.directory / "checkpoint.pt").read_bytes() == whole
     assert Run(tmp_path, RECIPE).restore(Slope().state()) == 1
-
-
-def test_a_text_that_dies_half_way_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "metrics.jsonl"
-    replace_text(path, "old")
-    replace_text(path, "older no more")
-    assert path.read_text() == "older no more"
-
-    def die(*_: object) -> None:
-        raise Killed
-
-    monkeypatch.setattr(os, "replace", die)
-    with pytest.raises(Killed):
-        replace_text(path, "half of the new")
-    assert path.read_text() == "older no more"
 
 
 def test_another_recipe_in_the_same_directory_is_refused(tmp_path: Path) -> None:

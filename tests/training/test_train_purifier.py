@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models import transforms
@@ -18,6 +19,7 @@ from training.train_purifier import PurifierTraining, sum_l1
 from training.trained import frozen
 
 CPU = torch.device("cpu")
+WORKING = {**TRANSFORM, "working_size": 16}
 
 
 def pretraining_recipe(**changes: Any) -> PretrainRecipe:
@@ -61,6 +63,23 @@ def test_the_in_painter_learns_to_fill_what_is_hidden() -> None:
     task = PurifierTraining(recipe, data, CPU)
     losses = [task.step(step)["l1"] for step in range(task.steps)]
     assert sum(losses[-6:]) < 0.9 * sum(losses[:6])
+
+
+def test_a_deepfill_of_two_stages_learns_both_and_purifies() -> None:
+    task = finetuning(inpainter={"architecture": "deepfill", "width": 4}, transform=WORKING, gan_weight=0.01)
+    assert gradients(task)
+    before = [weight.detach().clone() for weight in task.purifier.inpainter.parameters()]
+    losses = task.step(1)
+    changed = [not torch.equal(*pair) for pair in zip(before, task.purifier.inpainter.parameters(), strict=True)]
+    images, _ = task.batches.at(2)
+
+    with torch.no_grad():
+        purified = task.purifier(images, list(range(len(images))))
+
+    assert all(math.isfinite(loss) for loss in losses.values())
+    assert all(changed)
+    assert purified.shape == images.shape
+    assert 0 <= float(purified.min()) <= float(purified.max()) <= 1
 
 
 def test_the_loss_is_the_l1_of_every_stage_on_the_papers_scale() -> None:
@@ -171,6 +190,25 @@ def test_the_attack_raises_the_classifiers_loss() -> None:
     attacked = task.attack(images, labels, 0)
     loss = torch.nn.functional.cross_entropy
     assert loss(classifier(attacked), labels) > loss(classifier(images), labels)
+
+
+def test_end_to_end_the_attack_raises_the_loss_of_the_whole_pipeline() -> None:
+    task = finetuning(attack_end_to_end=True, attacked_fraction=1.0)
+    alone = finetuning(attacked_fraction=1.0)
+    images, labels = task.batches.at(0)
+    seeds = task.seeds("attack", 0, len(images))
+    assert task.classifier is not None
+
+    def loss(images: Tensor) -> float:
+        assert task.classifier is not None
+        return F.cross_entropy(task.classifier(task.purifier(images, seeds)), labels).item()
+
+    attacked = task.attack(images, labels, 0)
+
+    assert float((attacked - images).abs().max()) <= 8 / 255 + 1e-6
+    assert loss(attacked) > loss(images)
+    assert not torch.equal(attacked, alone.attack(images, labels, 0))
+    assert all(weight.grad is None for weight in task.purifier.parameters())
 
 
 def test_the_reconstruction_target_is_the_clean_image_or_the_purifiers_own_input() -> None:
