@@ -13,41 +13,32 @@ are idle.
 from __future__ import annotations
 
 import asyncio
-import io
-import os
-import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
-import numpy as np
 import torch
-from PIL import Image
 
+from benchmarks.client import BUNDLE, classify, photo, read_status, service
 from models import Bundle, load_bundle
 from service.allocator import keep_freed_memory
 from service.settings import Settings
 
-BUNDLE = Path("models/bundles/cifar10/1")
 CLIENTS = 64
 ROUNDS = 3
 ROUND_S = 6.0
 WARM_S = 1.5
 SINGLE_REQUESTS = {"none": 200, "atop": 60, "zeropur": 12}
 WANTED_RATIO = 0.9
-START_TIMEOUT_S = 180.0
 
 
 def run() -> dict[str, object]:
     """Measure, print, and return the figures."""
-    image = _photo(load_bundle(BUNDLE).manifest.input_size)
-    with _service() as port:
+    image = photo(load_bundle(BUNDLE).manifest.input_size)
+    with service() as port:
         latency = {name: _latency_ms(port, image, name, count) for name, count in SINGLE_REQUESTS.items()}
         rounds = [
             {"offline": _apart("offline"), "offline_kept": _apart("offline_kept"), "clarifier": _served(port, image)}
@@ -59,7 +50,7 @@ def run() -> dict[str, object]:
     )
     for name, milliseconds in latency.items():
         print(f"one request at a time, {name}: p50 {milliseconds:.1f} ms")
-    print(f"atop, {CLIENTS} clients: {rates['served']:.1f} requests/s")
+    print(f"atop, {CLIENTS} clients: {rates['clarifier']:.1f} requests/s")
     print(f"  offline {rates['offline']:.1f} images/s: ratio {ratio:.3f}")
     print(f"  offline with freed memory kept {rates['offline_kept']:.1f} images/s: ratio {ratio_kept:.3f}")
     return {
@@ -72,14 +63,6 @@ def run() -> dict[str, object]:
         "clients": CLIENTS,
         "batch_size": Settings.model_fields["max_batch_size"].default,
     }
-
-
-def _photo(input_size: tuple[int, int]) -> bytes:
-    """A PNG of the model's size: the service's own costs then weigh the most."""
-    pixels = np.random.default_rng(0).integers(0, 256, (*input_size, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
 
 
 # --- offline
@@ -108,43 +91,10 @@ def _offline_images(bundle: Bundle, images: torch.Tensor, seconds: float) -> tup
 # --- served
 
 
-@contextmanager
-def _service() -> Iterator[int]:
-    """`python -m service` with its defaults, ready, on a free port."""
-    # A port of 0 is answered by the line that says where the documentation is.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("CLARIFIER_")}
-    environment |= {
-        "CLARIFIER_PORT": "0",
-        "CLARIFIER_MODEL_REPOSITORY": str(BUNDLE.parent.parent),
-        "CLARIFIER_DEFAULT_MODEL": f"{BUNDLE.parent.name}@{BUNDLE.name}",
-        "CLARIFIER_DEVICE": "cpu",
-        "PYTHONUNBUFFERED": "1",
-    }
-    command = [sys.executable, "-m", "service"]
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
-        try:
-            yield _port_of(process)
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-def _port_of(process: subprocess.Popen[str]) -> int:
-    """The port that a service announces when it is ready. Raises RuntimeError if it ends instead."""
-    assert process.stdout is not None
-    for line in process.stdout:
-        found = re.search(r"http://127\.0\.0\.1:(\d+)/models", line)
-        if found:
-            return int(found[1])
-    raise RuntimeError("the service did not start")
-
-
 def _latency_ms(port: int, image: bytes, defense: str, count: int) -> float:
     """Median milliseconds of one client that sends one request after the other."""
-    asyncio.run(_load(port, _request(image, defense), clients=1, seconds=0.0, requests=max(3, count // 10)))
-    measured = asyncio.run(_load(port, _request(image, defense), clients=1, seconds=0.0, requests=count))
+    asyncio.run(_load(port, classify(image, defense), clients=1, seconds=0.0, requests=max(3, count // 10)))
+    measured = asyncio.run(_load(port, classify(image, defense), clients=1, seconds=0.0, requests=count))
     return 1000 * float(statistics.median(measured["latencies_s"]))
 
 
@@ -156,16 +106,11 @@ def _served(port: int, image: bytes) -> float:
     return rate
 
 
-def _request(image: bytes, defense: str) -> bytes:
-    head = (
-        f"POST /classify?defense={defense} HTTP/1.1\r\nHost: benchmark\r\nContent-Type: image/png\r\n"
-        f"Content-Length: {len(image)}\r\n\r\n"
-    )
-    return head.encode() + image
-
-
 async def _load(port: int, request: bytes, *, clients: int, seconds: float, requests: int) -> dict[str, Any]:
-    """Closed loop: each client sends its next request when it has its answer, until both limits are reached."""
+    """Closed loop: each client sends its next request when it has its answer, until both limits are reached.
+
+    Raises RuntimeError for any answer but 200.
+    """
     latencies = list[float]()
     started = time.perf_counter()
 
@@ -174,7 +119,9 @@ async def _load(port: int, request: bytes, *, clients: int, seconds: float, requ
         while time.perf_counter() - started < seconds or len(latencies) < requests:
             begun = time.perf_counter()
             writer.write(request)
-            await _read_answer(reader)
+            status = await read_status(reader)
+            if status != 200:
+                raise RuntimeError(f"an answer was {status}")
             latencies.append(time.perf_counter() - begun)
         writer.close()
         await writer.wait_closed()
@@ -184,20 +131,11 @@ async def _load(port: int, request: bytes, *, clients: int, seconds: float, requ
     return {"requests_per_s": len(latencies) / elapsed, "latencies_s": latencies}
 
 
-async def _read_answer(reader: asyncio.StreamReader) -> None:
-    """One answer, by its Content-Length. Raises RuntimeError for anything but 200."""
-    head = await reader.readuntil(b"\r\n\r\n")
-    if not head.startswith(b"HTTP/1.1 200"):
-        raise RuntimeError(head.decode("latin-1"))
-    start = head.lower().index(b"content-length:") + 15
-    await reader.readexactly(int(head[start : head.index(b"\r\n", start)]))
-
-
 def _generate(port: int, image: bytes) -> float:
     """The load generator: warm the path, then measure."""
     import uvloop
 
-    request = _request(image, "atop")
+    request = classify(image, "atop")
     uvloop.run(_load(port, request, clients=CLIENTS, seconds=WARM_S, requests=0))
     measured = uvloop.run(_load(port, request, clients=CLIENTS, seconds=ROUND_S, requests=0))
     return float(measured["requests_per_s"])
