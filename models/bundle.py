@@ -199,8 +199,9 @@ def _build_parts(manifest: Manifest) -> dict[str, nn.Module]:
     if height != width:
         raise BundleError(f"{MANIFEST}: input_size: this version knows square inputs only, not {height}x{width}")
     try:
+        spec = manifest.classifier
         classifier = build_classifier(
-            manifest.classifier.architecture, num_classes=len(manifest.classes), input_size=height
+            spec.architecture, num_classes=len(manifest.classes), input_size=height, mirrored=spec.mirrored
         )
         parts: dict[str, nn.Module] = {"classifier": classifier}
         if manifest.defenses.atop is not None:

@@ -28,6 +28,8 @@ class ClassifierSpec(Strict):
     """The undefended classifier: a name of `models.classifiers.ARCHITECTURES`; its weights hold its normalization."""
 
     architecture: str
+    mirrored: bool = False
+    """Whether it answers with the mean of an image and its mirror image."""
 
 
 class InpainterSpec(Strict):

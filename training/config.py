@@ -70,6 +70,8 @@ class ClassifierRecipe(Recipe):
     """`train-classifier`: SGD with Nesterov momentum, linear warm-up, cosine decay, an average of the weights."""
 
     architecture: str
+    mirrored: bool = False
+    """Answer with the mean of an image and its mirror image; training is the same."""
     augmentation: Augmentation = Augmentation()
     lr: PositiveFloat
     momentum: Annotated[float, Field(gt=0, lt=1)] = 0.9

@@ -59,7 +59,9 @@ def manifest(recipe: ExportRecipe, runs: Path) -> Manifest:
         version=recipe.version,
         classes=read_summary_of(runs, recipe.classifier_run)["classes"],
         input_size=(classifier_recipe["data"]["input_size"],) * 2,
-        classifier=ClassifierSpec(architecture=classifier_recipe["architecture"]),
+        classifier=ClassifierSpec(
+            architecture=classifier_recipe["architecture"], mirrored=classifier_recipe["mirrored"]
+        ),
         defenses=Defenses(atop=atop(recipe, runs), aid=aid(recipe, runs), zeropur=zeropur(recipe)),
         default_defense=recipe.default_defense,
         provenance=provenance(recipe, runs),

@@ -93,6 +93,7 @@ def initial_classifier(recipe: ClassifierRecipe, data: ImageSet) -> Classifier:
         input_size=recipe.data.input_size,
         mean=mean.tolist(),
         std=std.tolist(),
+        mirrored=recipe.mirrored,
     )
     for module in classifier.modules():
         if isinstance(module, WhiteningStem):

@@ -46,6 +46,7 @@ def trained_classifier(runs: Path, name: str, device: torch.device) -> Classifie
         recipe["architecture"],
         num_classes=len(read_summary_of(runs, name)["classes"]),
         input_size=recipe["data"]["input_size"],
+        mirrored=recipe["mirrored"],
     )
     classifier.load_state_dict(state)  # mean and deviation are buffers and come with the weights
     return frozen(classifier, device)

@@ -16,7 +16,7 @@ from models import Bundle, BundleError, UnknownDefense, load_bundle, save_bundle
 from models.aid import AidDiscriminator, tap_channels
 from models.atop import build_inpainter
 from models.classifiers import AdoptedClassifier, build_classifier
-from models.manifest import AtopPreset, ClassifierSpec, Manifest
+from models.manifest import AtopPreset, ClassifierSpec, Defenses, Manifest
 from tests.networks import tiny_bundle, tiny_manifest, zeropur_preset
 
 SIZE = 32
@@ -61,6 +61,26 @@ def real_bundle() -> Bundle:
 def saved(tmp_path: Path) -> Path:
     save_bundle(real_bundle(), tmp_path / "tiny" / "1")
     return tmp_path / "tiny" / "1"
+
+
+def test_a_mirrored_classifier_is_mirrored_again_when_it_is_loaded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    manifest = real_manifest().model_copy(
+        update={
+            "classifier": ClassifierSpec(architecture="wrn-16-2", mirrored=True),
+            "defenses": Defenses(),
+            "default_defense": "none",
+        }
+    )
+    original = build_classifier("wrn-16-2", num_classes=4, input_size=SIZE, mirrored=True)
+    save_bundle(Bundle(manifest, original), tmp_path / "1")
+    images = torch.rand(2, 3, SIZE, SIZE)
+
+    loaded = load_bundle(tmp_path / "1")
+
+    torch.testing.assert_close(loaded.classifier(images), loaded.classifier(images.flip(3)))
+    torch.testing.assert_close(loaded.classifier(images), original(images), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(loaded.probabilities("none", images), loaded.probabilities("none", images.flip(3)))
 
 
 def test_a_saved_bundle_answers_like_the_one_that_was_saved(saved: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.classifiers import ARCHITECTURES, AdoptedClassifier, Classifier, build_classifier
+from models.classifiers import ARCHITECTURES, AdoptedClassifier, Classifier, MirroredClassifier, build_classifier
 
 QUICK = ["resnet18", "wrn-16-2", "vgg19", "speednet"]
 
@@ -196,6 +196,70 @@ def test_every_architecture_maps_every_size_to_logits_through_pool_and_head(arch
     assert classifier.feature_names[-2:] == ("pool", "head")
     assert classifier(images).shape == (2, 12)
     assert classifier.embedding(images).dim() == 2
+
+
+# Mirrored
+
+
+def plain_and_mirrored() -> tuple[Classifier, Classifier]:
+    """Two classifiers with the same weights."""
+    plain, mirrored = (
+        build_classifier("wrn-16-2", num_classes=3, input_size=32, mean=(0.5, 0.4, 0.3), mirrored=mirrored).eval()
+        for mirrored in (False, True)
+    )
+    mirrored.load_state_dict(plain.state_dict())
+    return plain, mirrored
+
+
+def test_a_mirrored_classifier_answers_with_the_mean_of_an_image_and_its_mirror_image() -> None:
+    plain, mirrored = plain_and_mirrored()
+    images = torch.rand(3, 3, 32, 32)
+
+    with torch.no_grad():
+        seen, turned = plain(images), plain(images.flip(3))
+
+    assert not torch.allclose(seen, turned)
+    torch.testing.assert_close(mirrored(images), (seen + turned) / 2)
+
+
+def test_features_of_a_mirror_image_are_the_mirrored_features() -> None:
+    plain, mirrored = plain_and_mirrored()
+    images = torch.rand(2, 3, 32, 32)
+    names = ["stage2", "pool"]
+
+    with torch.no_grad():
+        (seen, seen_pooled), (turned, turned_pooled) = (
+            plain.features(images, names),
+            plain.features(images.flip(3), names),
+        )
+        maps, pooled = mirrored.features(images, names)
+        maps_of_mirror, pooled_of_mirror = mirrored.features(images.flip(3), names)
+
+    torch.testing.assert_close(maps, (seen + turned.flip(3)) / 2)
+    torch.testing.assert_close(pooled, (seen_pooled + turned_pooled) / 2)
+    torch.testing.assert_close(maps_of_mirror, maps.flip(3))
+    torch.testing.assert_close(pooled_of_mirror, pooled)
+    torch.testing.assert_close(mirrored.stages["head"](pooled), mirrored(images))
+
+
+def test_a_mirrored_classifier_learns_from_the_images_as_they_come() -> None:
+    plain, mirrored = (classifier.train() for classifier in plain_and_mirrored())
+    images = torch.rand(4, 3, 32, 32)
+
+    assert isinstance(mirrored, MirroredClassifier)
+    torch.testing.assert_close(mirrored(images), plain(images))
+    torch.testing.assert_close(mirrored.embedding(images), plain.embedding(images))
+
+
+def test_logits_of_a_mirrored_classifier_do_not_depend_on_the_neighbors() -> None:
+    _, classifier = plain_and_mirrored()
+    images = torch.rand(3, 3, 32, 32)
+
+    with torch.no_grad():
+        together = classifier(images)
+        alone = torch.cat([classifier(image.unsqueeze(0)) for image in images])
+
+    torch.testing.assert_close(alone, together)
 
 
 def test_mean_and_std_of_a_built_classifier_are_those_given() -> None:

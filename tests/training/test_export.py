@@ -44,6 +44,7 @@ def test_the_manifest_says_what_the_recipe_and_the_runs_say(finished: Workshop) 
     assert manifest.classes == ("red", "green", "blue")
     assert manifest.input_size == (8, 8)
     assert manifest.classifier.architecture == "wrn-16-2"
+    assert manifest.classifier.mirrored
     assert manifest.defenses.atop is not None
     assert manifest.defenses.atop.inpainter.width == 4
     assert manifest.defenses.atop.presets["rt3"].transform == "rt3"

@@ -71,6 +71,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "seed": 1,
         "data": DATA,
         "architecture": "wrn-16-2",
+        "mirrored": True,
         "batch_size": 8,
         "epochs": 3,
         "lr": 0.05,
