@@ -8,9 +8,10 @@ import torch
 from pydantic import ValidationError
 
 from models.bundle import Bundle, save_bundle
+from models.classifiers import Classifier
 from models.manifest import AidSpec, AtopSpec, ClassifierSpec, Defenses, InpainterSpec, Manifest, ZeroPurSpec
 from training.config import ExportRecipe, RecipeError, refuse_unknown_layers
-from training.provenance import git_commit, hardware, library_versions
+from training.provenance import fingerprint, git_commit, hardware, library_versions
 from training.runs import read_recipe_of, read_summary_of
 from training.trained import trained_classifier, trained_discriminator, trained_inpainter
 
@@ -26,7 +27,7 @@ def export(recipe: ExportRecipe, runs: Path, repository: Path) -> Path:
     classifier = trained_classifier(runs, recipe.classifier_run, cpu)
     for name in (recipe.atop_run, recipe.aid_run):
         if name is not None:
-            refuse_other_classifier(recipe, runs, name)
+            refuse_other_classifier(runs, name, classifier)
     for preset in recipe.zeropur_presets.values():
         refuse_unknown_layers(classifier, preset.fine_layers)
     try:
@@ -44,11 +45,11 @@ def export(recipe: ExportRecipe, runs: Path, repository: Path) -> Path:
     return directory
 
 
-def refuse_other_classifier(recipe: ExportRecipe, runs: Path, name: str) -> None:
-    """Raise RecipeError if run `name` was not trained for the recipe's classifier."""
-    trained_for = read_recipe_of(runs, name).get("classifier_run")
-    if trained_for is not None and trained_for != recipe.classifier_run:
-        raise RecipeError(f"run {name} was trained for the classifier {trained_for}, not {recipe.classifier_run}")
+def refuse_other_classifier(runs: Path, name: str, classifier: Classifier) -> None:
+    """Raise RecipeError if run `name` was trained for a classifier of other weights."""
+    trained_for = read_summary_of(runs, name).get("classifier_sha256")
+    if trained_for is not None and trained_for != fingerprint(classifier.state_dict()):
+        raise RecipeError(f"run {name} was trained for another classifier: train it again for this one")
 
 
 def manifest(recipe: ExportRecipe, runs: Path) -> Manifest:
@@ -96,7 +97,10 @@ def zeropur(recipe: ExportRecipe) -> ZeroPurSpec | None:
 
 
 def provenance(recipe: ExportRecipe, runs: Path) -> dict[str, object]:
-    """Everything that it takes to make the bundle again: recipes, data, commit, versions, time, hardware."""
+    """Everything that it takes to make the bundle again: recipes, data, commit, versions, time, hardware.
+
+    Each run's summary has its own; those beside the runs are of the export.
+    """
     names = [recipe.classifier_run, recipe.atop_run, recipe.aid_run]
     if recipe.atop_run is not None:
         names.insert(1, read_recipe_of(runs, recipe.atop_run).get("purifier_run"))

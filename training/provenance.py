@@ -1,15 +1,27 @@
-"""Where a number comes from: commit, library versions, machine."""
+"""Where a number comes from: weights, commit, library versions, machine."""
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 LIBRARIES = ("torch", "numpy", "safetensors", "kornia", "foolbox", "datasets")
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """sha256 over the names and values of a network's state: equal for equal networks, wherever they are."""
+    digest = hashlib.sha256()
+    for name, value in weights.items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def library_versions() -> dict[str, str]:

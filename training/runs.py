@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
 from models.files import replace_text
 from training.config import Recipe
 from training.data import Batches
+from training.provenance import fingerprint, git_commit, hardware, library_versions
 
 
 class RunError(ValueError):
@@ -58,14 +60,25 @@ class Run:
         self._checkpoint = self.directory / "checkpoint.pt"
         self._metrics = self.directory / "metrics.jsonl"
         self._recipe = self.directory / "recipe.json"
+        self._origin = self.directory / "origin.json"
         self._resolved = recipe.model_dump_json(indent=2, exclude={"data": {"source"}}) + "\n"
         if self._recipe.exists() and self._recipe.read_text() != self._resolved:
             raise RunError(f"{self.directory} belongs to another recipe; remove it or name this run differently")
 
-    def restore(self, state: Mapping[str, Stateful]) -> int:
-        """Create the directory, or load its checkpoint into `state`; returns the number of steps that had made."""
+    def restore(self, state: Mapping[str, Stateful], origin: Mapping[str, str]) -> int:
+        """Create the directory, or load its checkpoint into `state`; returns the number of steps that had made.
+
+        Raises RunError if the run was begun from another `origin`: other data, or other networks of earlier runs.
+        """
+        if self._origin.exists():
+            begun = json.loads(self._origin.read_text())
+            if differing := [name for name, sha256 in origin.items() if begun.get(name, sha256) != sha256]:
+                raise RunError(
+                    f"{self.directory}: its {differing[0]} has changed since it was begun; remove it to start anew"
+                )
         self.directory.mkdir(parents=True, exist_ok=True)
         replace_text(self._recipe, self._resolved)
+        replace_text(self._origin, json.dumps(origin, indent=2) + "\n")
         step = 0
         if self._checkpoint.exists():
             saved = torch.load(self._checkpoint, weights_only=True, map_location="cpu")
@@ -94,14 +107,24 @@ class Run:
             replace_text(self._metrics, "".join(kept))
 
 
-def fit(run: Run, task: Task, *, checkpoint_every_s: float, log_every: int = 20) -> dict[str, Any]:
+def fit(
+    run: Run,
+    task: Task,
+    *,
+    checkpoint_every_s: float,
+    log_every: int = 20,
+    given: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> dict[str, Any]:
     """Run the task to its last step, from wherever the run's checkpoint left off; returns its summary.
 
     Metrics are logged every `log_every` steps, a checkpoint is saved every `checkpoint_every_s` seconds, and both
-    after the last step.
+    after the last step. `given` names the networks of earlier runs that the task builds on, as their weights were
+    when it got them. Raises RunError if the run was begun with other ones, or with other data.
     """
     state = task.state()
-    start = run.restore(state)
+    origin = {"data": task.batches.data.fingerprint()}
+    origin |= {name: fingerprint(weights) for name, weights in (given or {}).items()}
+    start = run.restore(state, origin)
     began = saved_at = time.monotonic()
     with (
         SummaryWriter(str(run.directory / "tensorboard"), purge_step=start + 1) as board,
@@ -123,8 +146,11 @@ def fit(run: Run, task: Task, *, checkpoint_every_s: float, log_every: int = 20)
         **task.summarize(),
         "steps": task.steps,
         "classes": list(task.batches.data.classes),
-        "data_sha256": task.batches.data.fingerprint(),
+        **{f"{name}_sha256": sha256 for name, sha256 in origin.items()},
         "wall_s": run.wall_s + time.monotonic() - began,
+        "git_commit": git_commit(),
+        "libraries": library_versions(),
+        "hardware": hardware(),
     }
     replace_text(run.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary

@@ -105,4 +105,4 @@ def train_aid(recipe: AidRecipe, runs: Path, device: torch.device) -> dict[str, 
     data = load_split(recipe.data, recipe.data.train_split)
     refuse_other_data(runs, recipe.classifier_run, data)
     task = AidTraining(recipe, data, classifier, device)
-    return fit(run, task, checkpoint_every_s=recipe.checkpoint_every_s)
+    return fit(run, task, checkpoint_every_s=recipe.checkpoint_every_s, given={"classifier": classifier.state_dict()})

@@ -187,5 +187,6 @@ def finetune_atop(recipe: FinetuneRecipe, runs: Path, device: torch.device) -> d
     initial = trained_inpainter(runs, recipe.purifier_run, device).state_dict()
     data = load_split(recipe.data, recipe.data.train_split)
     refuse_other_data(runs, recipe.classifier_run, data)
+    given = {"classifier": classifier.state_dict(), "purifier": initial}
     task = PurifierTraining(recipe, data, device, classifier, initial)
-    return fit(run, task, checkpoint_every_s=recipe.checkpoint_every_s)
+    return fit(run, task, checkpoint_every_s=recipe.checkpoint_every_s, given=given)

@@ -77,6 +77,24 @@ def test_parquet_files_as_the_hub_stores_them_come_through_bit_exact(tmp_path: P
     assert len(load_split(recipe_for(tmp_path), "test")) == 4
 
 
+def test_a_source_that_is_no_folder_is_a_name_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pixels, labels = colors(6)
+    write_parquet(tmp_path, "test", pixels, labels)
+    table = datasets.load_dataset("parquet", split="train", data_files=str(next(tmp_path.glob("*.parquet"))))
+    asked = list[tuple[object, ...]]()
+
+    def hub(name: str, *, split: str, **where: object) -> datasets.Dataset:
+        asked.append((name, split, *where.values()))
+        return table
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    data = load_split(recipe_for("somebody/colors"), "test")
+
+    assert asked == [("somebody/colors", "test", None, None)]
+    assert torch.equal(data.images, channels_first(pixels))
+    assert data.labels.tolist() == labels
+
+
 def test_shards_are_read_in_order(tmp_path: Path) -> None:
     for shard in range(3):
         folder = tmp_path / "part"

@@ -126,7 +126,7 @@ def test_a_training_command_prints_its_summary_as_json(workshop: Workshop, capsy
 
 def test_a_run_cannot_be_taken_over_by_another_recipe(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = read_recipe(Path(workshop.arguments("train-classifier")[2]), ClassifierRecipe)
-    Run(workshop.runs, recipe).restore({})
+    Run(workshop.runs, recipe).restore({}, {})
     assert workshop.run("train-classifier", {"lr": 0.1}) == 2
     assert "belongs to another recipe" in capsys.readouterr().err
 

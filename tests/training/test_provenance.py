@@ -5,13 +5,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.provenance import cpu_model, git_commit, hardware, library_versions
+from training.provenance import cpu_model, fingerprint, git_commit, hardware, library_versions
 
 
 def fake_git(folder: Path, script: str) -> None:
     git = folder / "git"
     git.write_text(f"#!/bin/sh\n{script}\n")
     git.chmod(0o755)
+
+
+def test_equal_networks_have_one_fingerprint_and_others_another() -> None:
+    network = torch.nn.Conv2d(3, 4, 3)
+    before = fingerprint(network.state_dict())
+
+    assert fingerprint(network.to(memory_format=torch.channels_last).state_dict()) == before  # type: ignore[call-overload]
+    with torch.no_grad():
+        network.weight[0, 0, 0, 0] += 1
+    assert fingerprint(network.state_dict()) != before
 
 
 def test_the_commit_is_what_git_describes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from tests.training.tiny import (
 from tests.training.tiny import Interrupted as Killed
 from training.config import ClassifierRecipe
 from training.data import Batches
+from training.provenance import fingerprint
 from training.runs import (
     Run,
     RunError,
@@ -87,6 +88,8 @@ def test_a_run_leaves_its_recipe_metrics_checkpoint_tensorboard_and_summary(tmp_
     assert summary["data_sha256"] == color_set(12).fingerprint()
     assert summary["classes"] == ["red", "green", "blue"]
     assert summary["wall_s"] > 0
+    assert summary["libraries"]["torch"] == torch.__version__
+    assert summary["hardware"]["threads"] == torch.get_num_threads()
     assert list((run.directory / "tensorboard").glob("events.*"))
     assert not list(run.directory.glob("*.unfinished"))
 
@@ -105,7 +108,7 @@ def test_metrics_that_no_checkpoint_covers_are_dropped(tmp_path: Path, monkeypat
     with (run.directory / "metrics.jsonl").open("a") as lines:
         lines.write('{"step": 2, "lo')  # the line during which the process was killed
 
-    assert Run(tmp_path, RECIPE).restore(Slope().state()) == 2
+    assert Run(tmp_path, RECIPE).restore(Slope().state(), {}) == 2
 
     assert [line["step"] for line in metrics_of(run)] == [1, 2]
 
@@ -135,14 +138,14 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
 
 def test_time_trained_adds_up_over_interruptions(tmp_path: Path) -> None:
     run, state = Run(tmp_path, RECIPE), Slope().state()
-    run.restore(state)
+    run.restore(state, {})
     run.save(1, state, wall_s=1000.0)
     assert fit(Run(tmp_path, RECIPE), Slope(), checkpoint_every_s=60)["wall_s"] > 1000
 
 
 def test_a_checkpoint_that_dies_half_way_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, task = Run(tmp_path, RECIPE), Slope()
-    run.restore(task.state())
+    run.restore(task.state(), {})
     run.save(1, task.state(), wall_s=1.0)
     whole = (run.directory / "checkpoint.pt").read_bytes()
 
@@ -156,15 +159,31 @@ def test_a_checkpoint_that_dies_half_way_leaves_the_old_one(tmp_path: Path, monk
         run.save(2, task.state(), wall_s=2.0)
 
     assert (run.directory / "checkpoint.pt").read_bytes() == whole
-    assert Run(tmp_path, RECIPE).restore(Slope().state()) == 1
+    assert Run(tmp_path, RECIPE).restore(Slope().state(), {}) == 1
 
 
 def test_another_recipe_in_the_same_directory_is_refused(tmp_path: Path) -> None:
-    Run(tmp_path, RECIPE).restore({})
+    Run(tmp_path, RECIPE).restore({}, {})
     with pytest.raises(RunError, match="belongs to another recipe"):
         Run(tmp_path, RECIPE.model_copy(update={"lr": 0.5}))
     elsewhere = RECIPE.data.model_copy(update={"source": "another/copy"})
-    assert Run(tmp_path, RECIPE.model_copy(update={"data": elsewhere})).restore({}) == 0
+    assert Run(tmp_path, RECIPE.model_copy(update={"data": elsewhere})).restore({}, {}) == 0
+
+
+def test_a_run_goes_on_only_from_what_it_was_begun_with(tmp_path: Path) -> None:
+    first, second = ({"weight": torch.tensor([value])} for value in (1.0, 2.0))
+    fit(Run(tmp_path, RECIPE), Slope(), checkpoint_every_s=60, given={"classifier": first})
+    before = (tmp_path / RECIPE.name / "summary.json").read_text()
+
+    with pytest.raises(RunError, match="its classifier has changed"):
+        fit(Run(tmp_path, RECIPE), Slope(), checkpoint_every_s=60, given={"classifier": second})
+    other = Slope()
+    other.batches = Batches(color_set(12, seed=1), 4, RECIPE.augmentation, 0, torch.device("cpu"))
+    with pytest.raises(RunError, match="its data has changed"):
+        fit(Run(tmp_path, RECIPE), other, checkpoint_every_s=60, given={"classifier": first})
+
+    assert (tmp_path / RECIPE.name / "summary.json").read_text() == before
+    assert json.loads(before)["classifier_sha256"] == fingerprint(first)
 
 
 def test_opening_a_run_writes_nothing(tmp_path: Path) -> None:
@@ -177,7 +196,7 @@ def test_runs_that_are_missing_or_not_finished_are_refused(tmp_path: Path) -> No
         with pytest.raises(RunError, match="there is no run classifier"):
             read(tmp_path, "classifier")
     run = Run(tmp_path, RECIPE)
-    run.restore({})
+    run.restore({}, {})
     run.save(1, {}, wall_s=1.0)
     for read in (read_summary_of, read_checkpoint):
         with pytest.raises(RunError, match=r"classifier in .* is not finished"):
