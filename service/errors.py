@@ -123,7 +123,7 @@ class UnsupportedFormat(ClarifierError):
 
 class Undecodable(ClarifierError):
     """The image is of a supported format but damaged, truncated, or uses a part of the format that we refuse.
-    Partial pixels are never used."""
+    What is missing is never filled in by us; a JPEG decoder itself conceals damage that it cannot see."""
 
     code, status, title = "undecodable", 422, "the upload is not a readable image"
 

@@ -7,7 +7,7 @@ import re
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Request
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.errors import DeadlineExceeded, InvalidParameter
 from service.schemas import ParameterProblem
@@ -44,16 +44,10 @@ Explain = Annotated[
     Field(description="Adds `undefended`, `aid_score` and `suspicious`, at the cost of extra passes."),
 ]
 
-
-def _must_be_false(explain: bool) -> bool:
-    if explain:
-        raise ValueError("there is nothing to explain about a purified image: ask /classify")
-    return explain
-
-
-NoVotes = Annotated[int, Field(ge=1, le=1, description="Only 1: an image is purified by one draw.")]
-NoTop = Annotated[int | None, Field(ge=1, description="Accepted and without effect: nothing is classified.")]
-NoExplanation = Annotated[bool, AfterValidator(_must_be_false), Field(description="Only false.")]
+NO_EFFECT = "As for `/classify`, and without effect: "
+NoVotes = Annotated[int, Field(ge=1, le=64, description=NO_EFFECT + "an image is purified by one draw.")]
+NoTop = Annotated[int | None, Field(ge=1, description=NO_EFFECT + "nothing is classified.")]
+NoExplanation = Annotated[bool, Field(description=NO_EFFECT + "the answer is an image.")]
 Size = Annotated[
     Literal["model", "original"],
     Field(description="The model's input size, or the upload's own (finer detail is not purified)."),
@@ -92,7 +86,7 @@ class ClassifyParameters(DefenseParameters):
 
 
 class PurifyParameters(DefenseParameters):
-    """Of /purify. A client that sends one query to every route may send the defaults of /classify here too."""
+    """Of /purify. A client may send one query to every route that runs a defense."""
 
     size: Size = "model"
     votes: NoVotes = 1

@@ -261,11 +261,17 @@ def _timing(question: Question[ModelParameters], prepared: Prepared, completed: 
     )
 
 
-async def _decode_all(question: Question[ClassifyParameters], uploads: list[bytes]) -> list[Prepared | ClarifierError]:
-    return await asyncio.gather(*(_decode_or_error(question, data) for data in uploads))
+async def _decode_all(
+    question: Question[ClassifyParameters], uploads: list[bytes | ClarifierError]
+) -> list[Prepared | ClarifierError]:
+    return await asyncio.gather(*(_decode_or_error(question, upload) for upload in uploads))
 
 
-async def _decode_or_error(question: Question[ClassifyParameters], data: bytes) -> Prepared | ClarifierError:
+async def _decode_or_error(
+    question: Question[ClassifyParameters], data: bytes | ClarifierError
+) -> Prepared | ClarifierError:
+    if isinstance(data, ClarifierError):
+        return data
     try:
         return await decode(question, data, alone=False)
     except ClarifierError as error:  # its frames would keep the upload until the whole batch is answered

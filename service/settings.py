@@ -27,6 +27,11 @@ class Settings(BaseSettings):
     """The model of requests that name none: `name` (the newest version) or `name@version`."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,2})?)$")] = "auto"
 
+    engine: Literal["torch"] = "torch"
+    """What runs the networks."""
+    queue: Literal["memory"] = "memory"
+    """Where images wait: in this process."""
+
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """0 takes any free port and prints it."""

@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect
 from service.errors import (
     BodyTooLarge,
     BodyTooSlow,
+    ClarifierError,
     ClientLeft,
     EmptyBody,
     MalformedMultipart,
@@ -29,7 +30,7 @@ from service.errors import (
 )
 from service.schemas import ParameterProblem
 
-RAW_TYPES = ("", "application/octet-stream", "image/jpeg", "image/png", "image/webp", "image/bmp")
+RAW_TYPES = ("", "application/octet-stream", "image/jpeg", "image/jpg", "image/png", "image/webp", "image/bmp")
 """Content types of a raw body. The bytes decide what it is anyway, so none at all (`curl -T`) is fine too."""
 FRAMING_BYTES = 16 * 1024
 """What a multipart message may add to one image: boundaries, part headers, a long file name."""
@@ -102,23 +103,29 @@ async def read_image(request: Request, account: Account, parsers: Executor, max_
         return Upload(await _read(request, account, max_bytes, timeout_s), content_type)
     body = await _read(request, account, max_bytes + FRAMING_BYTES, timeout_s)
     loop = asyncio.get_running_loop()
-    return (await loop.run_in_executor(parsers, _images_of, body, boundary, "image", 1, max_bytes))[0]
+    (upload,) = await loop.run_in_executor(parsers, _images_of, body, boundary, "image", 1, max_bytes)
+    if isinstance(upload, ClarifierError):
+        raise upload
+    return upload
 
 
 async def read_images(
     request: Request, account: Account, parsers: Executor, max_images: int, max_bytes: int, timeout_s: float
-) -> list[bytes]:
-    """The images of a batch, in order: 1 to `max_images` multipart fields `images` of up to `max_bytes` each.
+) -> list[bytes | ClarifierError]:
+    """The images of a batch, in order: 1 to `max_images` multipart fields `images`.
 
-    Raises as `read_image`, and TooManyImages.
+    BodyTooLarge in the place of one of more than `max_bytes`, UnsupportedMedia in that of one that is declared to be
+    something else. Raises as `read_image`, and TooManyImages.
     """
     _, boundary = _content_type(request)
     if boundary is None:
+        if request.headers.get("content-length", "0") == "0" and "transfer-encoding" not in request.headers:
+            raise EmptyBody
         raise UnsupportedMedia("send multipart/form-data with the images in fields named images")
     body = await _read(request, account, batch_body_bytes(max_images, max_bytes), timeout_s)
     loop = asyncio.get_running_loop()
     uploads = await loop.run_in_executor(parsers, _images_of, body, boundary, "images", max_images, max_bytes)
-    return [upload.data for upload in uploads]
+    return [upload if isinstance(upload, ClarifierError) else upload.data for upload in uploads]
 
 
 def budget_bytes(max_images: int, max_bytes: int) -> int:
@@ -172,21 +179,32 @@ async def _read_until(request: Request, account: Account, limit: int) -> bytes:
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
-def _images_of(body: bytes, boundary: bytes, field: str, max_images: int, max_bytes: int) -> list[Upload]:
-    """The files of a multipart body; stops at the first part that may not be there."""
-    images = list[Upload]()
+def _images_of(
+    body: bytes, boundary: bytes, field: str, max_images: int, max_bytes: int
+) -> list[Upload | ClarifierError]:
+    """The files of a multipart body, an error in the place of one that is refused by its part alone.
+
+    Stops at the first part that may not be there.
+    """
+    images = list[Upload | ClarifierError]()
     for head, content in _parts(body, boundary, max_images + SPARE_PARTS):
         declared = _check_part(head, field)
         if len(images) == max_images:
             raise _too_many(field, max_images)
         if field == "image" and not content:
             raise _wrong_field("image", "the file in the field image is empty")
-        if len(content) > max_bytes:
-            raise BodyTooLarge(f"an image may have {max_bytes} bytes", limit=max_bytes, actual=len(content))
-        images.append(Upload(bytes(content), declared))
+        images.append(_upload(content, declared, max_bytes))
     if not images:
         raise _wrong_field(field, f"a file named {field} is missing")
     return images
+
+
+def _upload(content: memoryview, declared: str, max_bytes: int) -> Upload | ClarifierError:
+    if len(content) > max_bytes:
+        return BodyTooLarge(f"an image may have {max_bytes} bytes", limit=max_bytes, actual=len(content))
+    if not (declared in RAW_TYPES or declared.startswith("image/")):  # the bytes decide which kind of image
+        return UnsupportedMedia("the part is declared to be no image")
+    return Upload(bytes(content), declared)
 
 
 def _parts(body: bytes, boundary: bytes, max_parts: int) -> Iterator[tuple[bytes, memoryview]]:

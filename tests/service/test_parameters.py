@@ -177,17 +177,10 @@ def test_slow_defenses_take_few_votes(service: Running, query: str, accepted: bo
         assert [error["pointer"] for error in problem["errors"]] == ["#/query/votes"]
 
 
-@pytest.mark.parametrize(
-    ("query", "pointers"),
-    [("votes=1&explain=false", []), ("votes=2", ["#/query/votes"]), ("explain=true", ["#/query/explain"])],
-)
-def test_purify_takes_the_defaults_of_classify_and_nothing_else(
-    service: Running, query: str, pointers: list[str]
-) -> None:
-    response = service.client.post(f"/purify?{query}", content=GOOD)
-    if pointers:
-        problem = service.refuses(response, 422, "invalid_parameter")
-        assert [error["pointer"] for error in problem["errors"]] == pointers
-        assert "Value error" not in response.text
-    else:
-        assert response.status_code == 200
+def test_one_query_serves_every_route_that_runs_a_defense(service: Running) -> None:
+    query = "defense=atop&seed=3&votes=4&top_k=2&explain=true"
+    purified = [service.client.post(f"/purify?{wanted}", content=GOOD) for wanted in (query, "defense=atop&seed=3")]
+    assert service.client.post(f"/classify?{query}", content=GOOD).status_code == 200
+    assert [response.status_code for response in purified] == [200, 200]
+    assert purified[0].content == purified[1].content
+    service.refuses(service.client.post("/purify?votes=65", content=GOOD), 422, "invalid_parameter")

@@ -386,6 +386,31 @@ def test_a_batch_repeats_its_seed_for_each_image(service: Running) -> None:
 
 def test_a_raw_body_is_no_batch(service: Running) -> None:
     service.refuses(service.client.post("/classify/batch", content=GOOD), 415, "unsupported_media")
+    service.refuses(service.client.post("/classify/batch"), 400, "empty_body")
+
+
+def test_row_51_an_image_that_is_too_large_or_declared_to_be_none_fails_in_its_place(
+    start: Callable[..., Running],
+) -> None:
+    server = start(max_image_bytes=2048)
+    parts = [
+        ("images", ("x", data, kind))
+        for data, kind in [
+            (GOOD, "image/png"),
+            (GOOD + bytes(2048), "image/png"),
+            (GOOD, "text/plain"),
+            (GOOD, "image/png"),
+        ]
+    ]
+    results = server.client.post("/classify/batch", files=parts).json()["results"]
+    assert [result.get("code", result.get("label")) for result in results] == [
+        "green",
+        "body_too_large",
+        "unsupported_media",
+        "green",
+    ]
+    assert [result.get("status") for result in results] == [None, 413, 415, None]
+    assert server.metric("clarifier_rejected_total", reason="body_too_large") == 1
 
 
 def test_each_image_of_a_batch_has_its_own_decoding_time(service: Running) -> None:

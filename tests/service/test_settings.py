@@ -14,6 +14,7 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
     settings = load_settings()
     assert settings.model_repository == Path("models/bundles")
     assert (settings.default_model, settings.device) == ("cifar10", "auto")
+    assert (settings.engine, settings.queue) == ("torch", "memory")
     assert (settings.host, settings.port) == ("127.0.0.1", 8000)
     assert (settings.max_batch_size, settings.max_queue_delay_ms, settings.max_queue_size) == (32, 2, 256)
     assert (settings.request_timeout_ms, settings.body_timeout_s) == (30_000, 10)
@@ -34,7 +35,7 @@ def test_settings_are_frozen() -> None:
         Settings().port = 1  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("name", ["CLARIFIER_MAX_BATCHSIZE", "CLARIFIER_QUEUE", "clarifier_engine"])
+@pytest.mark.parametrize("name", ["CLARIFIER_MAX_BATCHSIZE", "CLARIFIER_REDIS", "clarifier_engines"])
 def test_row_79_an_unknown_name_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "1")
     with pytest.raises(SettingsError, match=name):
@@ -47,6 +48,8 @@ def test_row_79_an_unknown_name_is_refused(name: str, monkeypatch: pytest.Monkey
         ("PORT", "70000"),
         ("PORT", "http"),
         ("DEVICE", "gpu"),
+        ("ENGINE", "tensorflow"),
+        ("QUEUE", "kafka"),
         ("MAX_BATCH_SIZE", "0"),
         ("MAX_QUEUE_SIZE", "-1"),
         ("MAX_QUEUE_DELAY_MS", "-1"),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import httpx
 import pytest
 
-from service.uploads import _images_of, batch_body_bytes, budget_bytes
+from service.uploads import Upload, _images_of, batch_body_bytes, budget_bytes
 from tests.service.conftest import Running, running, until
 from tests.service.fakes import FakeBundle, encoded, green, png
 
@@ -249,6 +249,15 @@ def test_row_24_a_declared_type_that_is_not_ours_is_415(service: Running, kind: 
     assert "image/png" in response.headers["accept-post"]
 
 
+@pytest.mark.parametrize(("kind", "status"), [("text/plain", 415), ("application/pdf", 415), ("image/heic", 200)])
+def test_row_24_a_part_that_is_declared_to_be_no_image_is_415(service: Running, kind: str, status: int) -> None:
+    response = service.client.post("/classify", files={"image": ("x", GOOD, kind)})
+    if status == 415:
+        service.refuses(response, 415, "unsupported_media")
+    else:
+        assert response.json()["label"] == "green"
+
+
 def test_a_client_that_leaves_in_the_middle_of_its_body_is_counted_as_499(start: Callable[..., Running]) -> None:
     server = start()
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
@@ -274,10 +283,11 @@ def test_row_16_a_body_full_of_near_boundaries_costs_little(service: Running) ->
 def test_content_that_looks_like_framing_is_kept_whole() -> None:
     content = b"\r\n\r\n--\r\n--b0undar\r\n" + GOOD + b"\r\n--"
     (kept,) = _images_of(form(part("image", content)), BOUNDARY.encode(), "image", 1, LIMIT)
+    assert isinstance(kept, Upload)
     assert kept.data == content
     several = form(part("images", b"1"), part("images", b""), part("images", b"\r\n"))
     uploads = _images_of(several, BOUNDARY.encode(), "images", 3, LIMIT)
-    assert [upload.data for upload in uploads] == [b"1", b"", b"\r\n"]
+    assert uploads == [Upload(b"1", ""), Upload(b"", ""), Upload(b"\r\n", "")]
 
 
 def test_uploads_beyond_the_budget_are_429_and_give_back_what_they_held(start: Callable[..., Running]) -> None:
