@@ -16,7 +16,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Color profiles are ignored: samples are taken as sRGB.
     """
     if image.mode.startswith("I"):  # 16-bit grey
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        samples = np.asarray(image)
+        grey = (samples >> 8).astype(np.uint8)
+        grey[samples == image.info.get("transparency", -1)] = 255
+        return Image.fromarray(grey).convert("RGB")
     if "A" in image.mode or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")

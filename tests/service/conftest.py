@@ -50,6 +50,8 @@ class Running:
         assert problem["title"]
         assert problem["detail"]
         assert self.client.get(problem["type"]).status_code == 200
+        if status != 500:  # those are the engine's errors, which have a metric of their own
+            until(lambda: self.metric("clarifier_rejected_total", reason=code) > 0)
         assert self.still_answers()
         return problem
 

@@ -39,6 +39,8 @@ SIDE = 8
 CLASSES = ("red", "green", "blue")
 NAN_VALUE = 1
 """An image whose first sample is this makes the fake answer NaN."""
+NAN_SCORE_VALUE = 4
+"""An image whose first sample is this makes the fake score NaN, and nothing else."""
 POISON_VALUE = 2
 """An image whose first sample is this makes the whole batch raise."""
 ENTERED = "a batch runs"
@@ -106,7 +108,7 @@ class FakeBundle:
     def aid_score(self, images: Tensor) -> Tensor:
         """(N,)."""
         self._begin(images)
-        return images.mean((1, 2, 3))
+        return torch.where(_marked(images, NAN_SCORE_VALUE), torch.nan, images.mean((1, 2, 3)))
 
     def _begin(self, images: Tensor) -> None:
         self.batches.append(len(images))

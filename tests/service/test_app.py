@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from service.app import Loaded, create_app, load_engine
+from service.engine import Engine
 from service.settings import Settings
 from tests.service.fakes import FakeBundle, fake_manifest, green, loaded, png
 
@@ -115,6 +116,19 @@ def test_an_empty_repository_loads_as_nothing(tmp_path: Path) -> None:
     assert result.device == "cpu"
 
 
-def test_images_are_decoded_without_torch() -> None:
-    code = "import sys, service.images, service.uploads; sys.exit('torch' in sys.modules)"
+def test_every_sound_bundle_is_warmed_before_it_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warmed = list[tuple[list[str], list[int]]]()
+
+    def warm(engine: Engine, sizes: list[int]) -> None:
+        warmed.append((list(engine._bundles), sizes))
+
+    monkeypatch.setattr(Engine, "warm", warm)
+    repository = Path(__file__).parents[2] / "models" / "bundles"
+    result = load_engine(Settings(model_repository=repository, device="cpu", max_batch_size=8))
+    assert list(result.catalog.bundles) == ["cifar10@1"]
+    assert warmed == [(["cifar10@1"], [1, 4])]
+
+
+def test_a_gateway_needs_no_torch_until_it_loads_an_engine() -> None:
+    code = "import sys, service.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

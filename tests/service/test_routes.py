@@ -13,6 +13,7 @@ from pathlib import PurePosixPath
 import numpy as np
 import psutil
 import pytest
+from PIL import Image
 
 from service.app import decoder_threads
 from service.errors import ClarifierError, problem_of
@@ -21,6 +22,7 @@ from service.schemas import Problem
 from service.work import Pixels
 from tests.service.conftest import Running, running, until
 from tests.service.fakes import (
+    NAN_SCORE_VALUE,
     NAN_VALUE,
     POISON_VALUE,
     FakeBundle,
@@ -306,6 +308,22 @@ def test_row_42_three_encodings_of_one_image_get_nearly_the_same_probabilities(s
 @pytest.mark.parametrize("route", ["/classify?defense=none", "/purify"])
 def test_row_46_an_answer_that_is_not_finite_is_500_nan(service: Running, route: str) -> None:
     service.refuses(service.client.post(route, content=png(marked(NAN_VALUE))), 500, "nan")
+
+
+@pytest.mark.parametrize("route", ["/detect", "/classify?defense=none&explain=true"])
+def test_row_46_a_score_that_is_not_finite_is_500_nan(service: Running, route: str) -> None:
+    image = png(marked(NAN_SCORE_VALUE))
+    assert service.client.post("/classify?defense=none", content=image).status_code == 200
+    service.refuses(service.client.post(route, content=image), 500, "nan")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP"])
+def test_row_27_what_is_hidden_in_an_upload_does_not_come_back(service: Running, kind: str) -> None:
+    upload = encoded(green(64), kind) + b"PK\x03\x04 canary <script>"
+    response = service.client.post("/purify?size=original", content=upload)
+    assert response.status_code == 200
+    assert b"canary" not in response.content
+    assert Image.open(io.BytesIO(response.content)).info == {}
 
 
 def test_row_52_a_poisoned_image_fails_alone(service: Running) -> None:
