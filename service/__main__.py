@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -27,6 +28,8 @@ from service.uploads import batch_body_bytes
 logger = logging.getLogger("service")
 
 MISCONFIGURED = 2
+EXAMPLE = "examples/cat.jpg"
+"""A photograph that is there for whoever starts the service in a clone."""
 ENGINE_DIED = 70
 """EX_SOFTWARE of BSD's sysexits."""
 ENGINE_WATCH_S = 1.0
@@ -99,12 +102,13 @@ async def _announce_when_ready(gateway: Gateway, port: int) -> None:
         return
     settings, worst = gateway.settings, worst_case_bytes(gateway) // 2**20
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+    photo = EXAMPLE if Path(EXAMPLE).exists() else "PHOTO.jpg"
     address = f"{'[' + host + ']' if ':' in host else host}:{port}"
     print(
         f"Clarifier is ready.\n"
         f"  documentation  http://{address}/docs\n"
         f"  models         http://{address}/models\n"
-        f"  try            curl -F image=@PHOTO.jpg 'http://{address}/classify?defense=atop&explain=true'\n"
+        f"  try            curl -F image=@{photo} 'http://{address}/classify?defense=atop&explain=true'\n"
         f"  queue          {settings.max_queue_size} images\n"
         f"  memory         uploads and images take at worst {worst} MiB, beside the models",
         flush=True,

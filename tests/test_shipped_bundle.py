@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,9 +23,12 @@ from PIL import Image
 from models import Bundle, load_bundle
 from service.images import decode_image
 from training.attacks import foolbox_pgd
+from training.config import DataRecipe
+from training.data import load_split
 
 ROOT = Path(__file__).parent.parent
 BUNDLE = ROOT / "models" / "bundles" / "cifar10" / "1"
+CIFAR = ROOT.parent / "shared" / "data" / "cifar10"
 CAT = 3
 
 
@@ -32,17 +38,25 @@ def bundle() -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def service() -> Iterator[httpx.Client]:
-    """`python -m service` with nothing but a free port set."""
+def banner() -> Iterator[dict[str, str]]:
+    """What `python -m service`, with nothing but a free port set, prints when it is ready: by the first word."""
     environment = os.environ | {"CLARIFIER_PORT": "0", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "service"]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        address = next(line.split()[-1] for line in process.stdout if "documentation" in line)
-        with httpx.Client(base_url=address.removesuffix("/docs"), timeout=60) as client:
-            yield client
+        printed = dict[str, str]()
+        while "memory" not in printed:
+            name, _, value = process.stdout.readline().strip().partition(" ")
+            printed[name] = value.strip()
+        yield printed
         process.terminate()
         assert process.wait(60) == 0
+
+
+@pytest.fixture(scope="module")
+def service(banner: dict[str, str]) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=banner["documentation"].removesuffix("/docs"), timeout=60) as client:
+        yield client
 
 
 def as_png(pixels: np.ndarray[Any, Any]) -> bytes:
@@ -70,6 +84,16 @@ def classify(service: httpx.Client, image: bytes, query: str) -> dict[str, Any]:
     assert response.status_code == 200, response.text
     answer: dict[str, Any] = response.json()
     return answer
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_command_that_is_printed_can_be_pasted(banner: dict[str, str]) -> None:
+    command = shlex.split(banner["try"])
+    ended = subprocess.run([*command, "--silent", "--show-error"], cwd=ROOT, capture_output=True, check=True)
+
+    answer = json.loads(ended.stdout)
+    assert command[0] == "curl"
+    assert answer["label"] == answer["undefended"]["label"] == "cat"
 
 
 @pytest.mark.parametrize("defense", ["none", "atop"])
@@ -157,6 +181,47 @@ def test_every_shipped_bundle_is_small_and_carries_its_report() -> None:
                 low, high = cell["interval"]
                 assert 0 <= low <= cell["accuracy"] <= high <= 1
                 assert cell["n"] > 0
+
+
+def test_the_report_of_the_shipped_bundle_is_about_its_weights_and_reaches_what_was_aimed_at(bundle: Bundle) -> None:
+    report: dict[str, Any] = bundle.report
+    weights = {name: sha for name, sha in bundle.manifest.files.items() if name.endswith(".safetensors")}
+    atop, zeropur = report["defenses"]["atop"], report["defenses"]["zeropur"]
+
+    assert report["recipe"]["weights_sha256"] == weights
+    assert report["undefended"]["standard"]["accuracy"] >= 0.92
+    assert report["undefended"]["grey_box"]["pgd20"]["accuracy"] < 0.01
+    assert atop["standard"]["accuracy"] >= 0.85
+    assert atop["grey_box"]["pgd20"]["accuracy"] >= 0.70
+    assert zeropur["grey_box"]["pgd20"]["accuracy"] >= 0.55
+    assert report["detection"]["attacks"]["pgd20"]["auroc"] >= 0.95
+
+
+@pytest.mark.skipif(not CIFAR.is_dir(), reason="the CIFAR-10 parquet files are not in ../shared/data/cifar10")
+def test_test_images_that_fool_the_classifier_are_mostly_right_behind_a_defense(
+    service: httpx.Client, bundle: Bundle
+) -> None:
+    """64 images, PGD-20 on the bare classifier, as PNGs over HTTP; a share of 64 can be 6 points off by chance."""
+    test = load_split(DataRecipe(name="CIFAR-10", source=str(CIFAR), input_size=32), "test")
+    test = test.subset(torch.randperm(len(test), generator=torch.Generator().manual_seed(99))[:64])
+    clean = test.images.float() / 255
+    torch.manual_seed(0)
+    attacked = foolbox_pgd(bundle.classifier, clean, test.labels, eps=8 / 255, steps=20, step_size=2 / 255)
+
+    def right(images: torch.Tensor, defense: str) -> float:
+        pngs = [as_png((image.permute(1, 2, 0) * 255).round().byte().numpy()) for image in images]
+        labels = list[int]()
+        for start in range(0, len(pngs), 32):
+            files = [("images", png) for png in pngs[start : start + 32]]
+            answer = service.post(f"/classify/batch?defense={defense}&seed=0", files=files)
+            labels += [result["index"] for result in answer.json()["results"]]
+        return float(np.mean(np.array(labels) == test.labels[: len(labels)].numpy()))
+
+    assert right(clean, "none") > 0.85
+    assert right(clean, "atop") > 0.79
+    assert right(attacked, "none") < 0.05
+    assert right(attacked, "atop") > 0.70
+    assert right(attacked[:32], "zeropur") > 0.55
 
 
 def test_the_provenance_names_no_path_of_the_machine_that_made_it() -> None:

@@ -24,6 +24,7 @@ from training.config import EvaluateRecipe
 from training.data import DataError, ImageSet, in_batches, load_split
 from training.provenance import git_commit, hardware, library_versions
 
+HARMS_CLEAN = "attacked images did better than clean ones: the defense does not keep what was right"
 UNDEFENDED = "these attacks know the bare classifier, but stronger ones were not run"
 GREY_BOX_ONLY = "only grey-box attacks were run: the attacker did not know the defense"
 COST_BATCH = 32
@@ -110,15 +111,24 @@ def measure(
         for name, images in attacked.items()
         if name != "clean"
     }
+    clean_accuracy = accuracy(bundle, defense, standard, recipe, draws=draws, what=f"{defense} clean")
     return {
-        "standard": accuracy(bundle, defense, standard, recipe, draws=draws, what=f"{defense} clean"),
+        "standard": clean_accuracy,
         "grey_box": grey_box,
         "adaptive": {},
         "worst_case": None,
         "credible": False,
-        "reasons": [GREY_BOX_ONLY if bundle.manifest.chain(defense) else UNDEFENDED],
+        "reasons": reasons(bool(bundle.manifest.chain(defense)), clean_accuracy, grey_box),
         "cost": round(cost(bundle, defense), 2),
     }
+
+
+def reasons(defended: bool, standard: Mapping[str, Any], grey_box: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Why the numbers of one entry are no evidence of robustness; another, if one exceeds clean accuracy surely."""
+    found = [GREY_BOX_ONLY if defended else UNDEFENDED]
+    if any(cell["interval"][0] > standard["interval"][1] for cell in grey_box.values()):
+        found.append(HARMS_CLEAN)
+    return found
 
 
 def device_of(bundle: Bundle) -> torch.device:

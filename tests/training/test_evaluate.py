@@ -18,6 +18,8 @@ from tests.training.tiny import CLASSES, RECIPES, SIDE, Workshop, color_set
 from training.config import EvaluateRecipe
 from training.data import ImageSet
 from training.evaluate import (
+    GREY_BOX_ONLY,
+    HARMS_CLEAN,
     UNDEFENDED,
     accuracy,
     aid_scores,
@@ -28,6 +30,7 @@ from training.evaluate import (
     detection,
     head,
     measure,
+    reasons,
     table,
 )
 
@@ -195,6 +198,13 @@ def test_the_report_has_the_shape_of_the_contract(finished: Workshop) -> None:
         assert entry["credible"] is False
         assert entry["reasons"]
         assert entry["cost"] > 0
+
+
+def test_a_defense_that_is_better_under_attack_than_without_is_called_so() -> None:
+    low, high = binomial(20, 100), binomial(60, 100)
+    assert reasons(True, low, {"fgsm": low, "pgd": high}) == [GREY_BOX_ONLY, HARMS_CLEAN]
+    assert reasons(True, high, {"fgsm": low, "pgd": high}) == [GREY_BOX_ONLY]
+    assert reasons(False, high, {"pgd": low}) == [UNDEFENDED]
 
 
 def test_the_report_says_how_to_get_it_again(finished: Workshop) -> None:
