@@ -67,11 +67,7 @@ def as_published(classifier: Classifier, received: Tensor, preset: ZeroPurPreset
     """Algorithms 1 and 2, every feature by a whole forward pass whenever it is mentioned."""
 
     def features(images: Tensor, name: str) -> Tensor:
-        kept = dict[str, Tensor]()
-        output = classifier.normalize(images)
-        for stage_name, stage in classifier.stages.items():
-            output = kept[stage_name] = stage(output)
-        return kept[name]
+        return classifier.features(images, [name, classifier.feature_names[-1]])[0]
 
     def project(images: Tensor) -> Tensor:
         inside = torch.minimum(torch.maximum(images, received - preset.eps), received + preset.eps)

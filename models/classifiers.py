@@ -105,8 +105,7 @@ class MirroredClassifier(Classifier):
 
     An image and its mirror image so get the same logits and embedding, and features that mirror each other: maps of
     the mirror image are turned back before the mean is taken. Both run in one batch, at twice the cost. In training
-    mode it is the plain network, which random flips show both sides. The speed runs that SpeedNet follows report
-    their accuracies this way.
+    mode it is the plain network, which random flips show both sides.
     """
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""SpeedNet: a small network that a CPU can train on CIFAR-10 in less than an hour.
+"""SpeedNet: a small network that a CPU can train on CIFAR-10.
 
 The shape is that of the CIFAR-10 speed runs (Jordan, "94% on CIFAR-10 in 3.29 seconds", 2024): a 2x2
 patch-whitening stem, then three blocks that pool early, so that almost all work happens at 16 pixels and

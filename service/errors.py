@@ -106,8 +106,8 @@ class TooManyImages(ClarifierError):
 
 
 class UnsupportedMedia(ClarifierError):
-    """The Content-Type is not an image's, application/octet-stream or multipart/form-data, or the body has a
-    Content-Encoding. Compressed bodies are never inflated."""
+    """The Content-Type is not an image's, application/octet-stream or multipart/form-data, a part of a multipart
+    message is declared to be no image, or the body has a Content-Encoding. Compressed bodies are never inflated."""
 
     code, status, title = "unsupported_media", 415, "the content type is not supported"
     headers: ClassVar[Mapping[str, str]] = {"Accept-Post": IMAGE_TYPES}
@@ -123,7 +123,7 @@ class UnsupportedFormat(ClarifierError):
 
 class Undecodable(ClarifierError):
     """The image is of a supported format but damaged, truncated, or uses a part of the format that we refuse.
-    What is missing is never filled in by us; a JPEG decoder itself conceals damage that it cannot see."""
+    A JPEG whose pixels are damaged but whose markers are whole may still be read: its decoder fills the gap."""
 
     code, status, title = "undecodable", 422, "the upload is not a readable image"
 

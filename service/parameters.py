@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from service.errors import DeadlineExceeded, InvalidParameter
 from service.schemas import ParameterProblem
 
+MAX_VOTES = 64
+
 Model = Annotated[
     str | None,
     Field(max_length=128, description="Bundle, `name` (its newest version) or `name@version`."),
@@ -33,7 +35,7 @@ Votes = Annotated[
     int,
     Field(
         ge=1,
-        le=64,
+        le=MAX_VOTES,
         description="Random draws whose probabilities are averaged; at most 8 for a random chain with `aid` or "
         "`zeropur`, which are slow. A defense that draws nothing runs once.",
     ),
@@ -45,9 +47,9 @@ Explain = Annotated[
 ]
 
 NO_EFFECT = "As for `/classify`, and without effect: "
-NoVotes = Annotated[int, Field(ge=1, le=64, description=NO_EFFECT + "an image is purified by one draw.")]
-NoTop = Annotated[int | None, Field(ge=1, description=NO_EFFECT + "nothing is classified.")]
-NoExplanation = Annotated[bool, Field(description=NO_EFFECT + "the answer is an image.")]
+IgnoredVotes = Annotated[int, Field(ge=1, le=MAX_VOTES, description=NO_EFFECT + "an image is purified by one draw.")]
+IgnoredTopK = Annotated[int | None, Field(ge=1, description=NO_EFFECT + "nothing is classified.")]
+IgnoredExplain = Annotated[bool, Field(description=NO_EFFECT + "the answer is an image.")]
 Size = Annotated[
     Literal["model", "original"],
     Field(description="The model's input size, or the upload's own (finer detail is not purified)."),
@@ -89,9 +91,9 @@ class PurifyParameters(DefenseParameters):
     """Of /purify. A client may send one query to every route that runs a defense."""
 
     size: Size = "model"
-    votes: NoVotes = 1
-    top_k: NoTop = None
-    explain: NoExplanation = False
+    votes: IgnoredVotes = 1
+    top_k: IgnoredTopK = None
+    explain: IgnoredExplain = False
 
 
 class NoParameters(Parameters):
@@ -121,7 +123,7 @@ def _name_and_detail(kind: type[Parameters], problem: Any) -> tuple[str, str]:
     if name not in kind.model_fields:
         known = ", ".join(kind.model_fields) or "none"
         return re.sub(r"[^A-Za-z0-9_.-]", "?", name[:64]), f"is not a parameter of this route; known: {known}"
-    return name, problem["msg"].removeprefix("Value error, ")
+    return name, problem["msg"]
 
 
 def invalid(*problems: tuple[str, str, str]) -> InvalidParameter:

@@ -134,14 +134,15 @@ async def read_upload(question: Question[ModelParameters], request: Request) -> 
 
 
 async def read_uploads(question: Question[ModelParameters], request: Request) -> list[bytes | ClarifierError]:
-    """Each image of a client's batch, or why it is refused; they have places in the queue from now on."""
+    """Each image of a client's batch, which has a place in the queue from now on, or why it is refused."""
     gateway = question.gateway
     settings = gateway.settings
     limits = (settings.max_batch_size, settings.max_image_bytes, settings.body_timeout_s)
     reading = read_images(request, question.account, gateway.decoders, *limits)
     images = await _by_deadline(question.deadline, reading)
-    question.record.bytes = sum(len(image) for image in images if isinstance(image, bytes))
-    question.batcher.reserve(question.places, len(images))
+    sound = [image for image in images if isinstance(image, bytes)]
+    question.record.bytes = sum(map(len, sound))
+    question.batcher.reserve(question.places, len(sound))
     return images
 
 

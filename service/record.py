@@ -10,6 +10,8 @@ from typing import Any
 from uuid import uuid4
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+ALIASES = {"jpeg": "image/jpg"}
+"""What some clients call a format's media type."""
 
 
 @dataclass(slots=True)
@@ -38,7 +40,11 @@ class Record:
     @property
     def mislabeled(self) -> bool:
         """Whether the upload is an image of another kind than was declared."""
-        return bool(self.format) and self.declared.startswith("image/") and self.declared != f"image/{self.format}"
+        return (
+            bool(self.format)
+            and self.declared.startswith("image/")
+            and self.declared not in (f"image/{self.format}", ALIASES.get(self.format))
+        )
 
     def time(self, stage: str, milliseconds: float) -> None:
         """Note how long a stage took; of several images the longest."""

@@ -118,13 +118,16 @@ def measure(
         "adaptive": {},
         "worst_case": None,
         "credible": False,
-        "reasons": reasons(bool(bundle.manifest.chain(defense)), clean_accuracy, grey_box),
+        "reasons": reasons(defended=bool(bundle.manifest.chain(defense)), standard=clean_accuracy, grey_box=grey_box),
         "cost": round(cost(bundle, defense), 2),
     }
 
 
-def reasons(defended: bool, standard: Mapping[str, Any], grey_box: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Why the numbers of one entry are no evidence of robustness; another, if one exceeds clean accuracy surely."""
+def reasons(*, defended: bool, standard: Mapping[str, Any], grey_box: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Why the numbers of one entry are no evidence of robustness.
+
+    One more reason is that an attack's interval lies above that of the clean images.
+    """
     found = [GREY_BOX_ONLY if defended else UNDEFENDED]
     if any(cell["interval"][0] > standard["interval"][1] for cell in grey_box.values()):
         found.append(HARMS_CLEAN)

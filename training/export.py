@@ -47,8 +47,9 @@ def export(recipe: ExportRecipe, runs: Path, repository: Path) -> Path:
 
 def refuse_other_classifier(runs: Path, name: str, classifier: Classifier) -> None:
     """Raise RecipeError if run `name` was trained for a classifier of other weights."""
-    trained_for = read_summary_of(runs, name).get("classifier_sha256")
-    if trained_for is not None and trained_for != fingerprint(classifier.state_dict()):
+    if "classifier_run" not in read_recipe_of(runs, name):
+        return  # an in-painter that was only pre-trained
+    if read_summary_of(runs, name).get("classifier_sha256") != fingerprint(classifier.state_dict()):
         raise RecipeError(f"run {name} was trained for another classifier: train it again for this one")
 
 

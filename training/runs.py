@@ -68,17 +68,16 @@ class Run:
     def restore(self, state: Mapping[str, Stateful], origin: Mapping[str, str]) -> int:
         """Create the directory, or load its checkpoint into `state`; returns the number of steps that had made.
 
-        Raises RunError if the run was begun from another `origin`: other data, or other networks of earlier runs.
+        `origin` has the sha256 of the data and of the networks of earlier runs. Raises RunError if the run was begun
+        from others.
         """
-        if self._origin.exists():
-            begun = json.loads(self._origin.read_text())
-            if differing := [name for name, sha256 in origin.items() if begun.get(name, sha256) != sha256]:
-                raise RunError(
-                    f"{self.directory}: its {differing[0]} has changed since it was begun; remove it to start anew"
-                )
+        begun = self._read_origin()
+        if begun["sha256"] != origin and (self._origin.exists() or self._checkpoint.exists()):
+            differing = sorted(name for name, _ in begun["sha256"].items() ^ origin.items())
+            raise RunError(f"{self.directory}: its {differing[0]} is not what it was begun with: remove it")
         self.directory.mkdir(parents=True, exist_ok=True)
         replace_text(self._recipe, self._resolved)
-        replace_text(self._origin, json.dumps(origin, indent=2) + "\n")
+        replace_text(self._origin, json.dumps({**begun, "sha256": origin}, indent=2) + "\n")
         step = 0
         if self._checkpoint.exists():
             saved = torch.load(self._checkpoint, weights_only=True, map_location="cpu")
@@ -87,6 +86,20 @@ class Run:
                 holder.load_state_dict(saved["state"][name])
         self._drop_metrics_after(step)
         return step
+
+    def note_session(self) -> list[dict[str, Any]]:
+        """Remember that this code, on this machine, goes on with the run; returns all that did, in turn."""
+        origin = self._read_origin()
+        session = {"git_commit": git_commit(), "libraries": library_versions(), "hardware": hardware()}
+        if session not in origin["sessions"]:
+            origin["sessions"].append(session)
+            replace_text(self._origin, json.dumps(origin, indent=2) + "\n")
+        sessions: list[dict[str, Any]] = origin["sessions"]
+        return sessions
+
+    def _read_origin(self) -> dict[str, Any]:
+        nothing: dict[str, Any] = {"sha256": {}, "sessions": []}
+        return json.loads(self._origin.read_text()) if self._origin.exists() else nothing
 
     def save(self, step: int, state: Mapping[str, Stateful], wall_s: float) -> None:
         """Replace the checkpoint, so that there is always a whole one. `wall_s` is the time trained so far."""
@@ -119,12 +132,17 @@ def fit(
 
     Metrics are logged every `log_every` steps, a checkpoint is saved every `checkpoint_every_s` seconds, and both
     after the last step. `given` names the networks of earlier runs that the task builds on, as their weights were
-    when it got them. Raises RunError if the run was begun with other ones, or with other data.
+    when it got them. Raises RunError if the run was begun with other ones, or with other data. A finished run
+    is left as it is.
     """
     state = task.state()
     origin = {"data": task.batches.data.fingerprint()}
     origin |= {name: fingerprint(weights) for name, weights in (given or {}).items()}
     start = run.restore(state, origin)
+    if start == task.steps and (finished := run.directory / "summary.json").exists():
+        summary: dict[str, Any] = json.loads(finished.read_text())
+        return summary
+    sessions = run.note_session()
     began = saved_at = time.monotonic()
     with (
         SummaryWriter(str(run.directory / "tensorboard"), purge_step=start + 1) as board,
@@ -148,9 +166,7 @@ def fit(
         "classes": list(task.batches.data.classes),
         **{f"{name}_sha256": sha256 for name, sha256 in origin.items()},
         "wall_s": run.wall_s + time.monotonic() - began,
-        "git_commit": git_commit(),
-        "libraries": library_versions(),
-        "hardware": hardware(),
+        "sessions": sessions,
     }
     replace_text(run.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary

@@ -5,9 +5,10 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -28,6 +29,8 @@ class Running:
     bundle: FakeBundle
     gateway: Gateway
     port: int
+    refused: Counter[str] = field(default_factory=Counter)
+    """How often each code was expected so far."""
 
     def metric(self, name: str, **labels: str) -> float:
         """The value of a sample, 0 where there is none."""
@@ -51,7 +54,8 @@ class Running:
         assert problem["detail"]
         assert self.client.get(problem["type"]).status_code == 200
         if status != 500:  # those are the engine's errors, which have a metric of their own
-            until(lambda: self.metric("clarifier_rejected_total", reason=code) > 0)
+            self.refused[code] += 1
+            until(lambda: self.metric("clarifier_rejected_total", reason=code) >= self.refused[code])
         assert self.still_answers()
         return problem
 

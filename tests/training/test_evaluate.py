@@ -202,9 +202,9 @@ def test_the_report_has_the_shape_of_the_contract(finished: Workshop) -> None:
 
 def test_a_defense_that_is_better_under_attack_than_without_is_called_so() -> None:
     low, high = binomial(20, 100), binomial(60, 100)
-    assert reasons(True, low, {"fgsm": low, "pgd": high}) == [GREY_BOX_ONLY, HARMS_CLEAN]
-    assert reasons(True, high, {"fgsm": low, "pgd": high}) == [GREY_BOX_ONLY]
-    assert reasons(False, high, {"pgd": low}) == [UNDEFENDED]
+    assert reasons(defended=True, standard=low, grey_box={"fgsm": low, "pgd": high}) == [GREY_BOX_ONLY, HARMS_CLEAN]
+    assert reasons(defended=True, standard=high, grey_box={"fgsm": low, "pgd": high}) == [GREY_BOX_ONLY]
+    assert reasons(defended=False, standard=high, grey_box={"pgd": low}) == [UNDEFENDED]
 
 
 def test_the_report_says_how_to_get_it_again(finished: Workshop) -> None:

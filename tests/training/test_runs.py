@@ -37,6 +37,7 @@ from training.runs import (
 )
 
 ROOT = Path(__file__).parents[2]
+ORIGIN = {"data": color_set(12).fingerprint()}
 RECIPE = ClassifierRecipe.model_validate(RECIPES["train-classifier"])
 
 
@@ -88,8 +89,9 @@ def test_a_run_leaves_its_recipe_metrics_checkpoint_tensorboard_and_summary(tmp_
     assert summary["data_sha256"] == color_set(12).fingerprint()
     assert summary["classes"] == ["red", "green", "blue"]
     assert summary["wall_s"] > 0
-    assert summary["libraries"]["torch"] == torch.__version__
-    assert summary["hardware"]["threads"] == torch.get_num_threads()
+    (session,) = summary["sessions"]
+    assert session["libraries"]["torch"] == torch.__version__
+    assert session["hardware"]["threads"] == torch.get_num_threads()
     assert list((run.directory / "tensorboard").glob("events.*"))
     assert not list(run.directory.glob("*.unfinished"))
 
@@ -108,7 +110,7 @@ def test_metrics_that_no_checkpoint_covers_are_dropped(tmp_path: Path, monkeypat
     with (run.directory / "metrics.jsonl").open("a") as lines:
         lines.write('{"step": 2, "lo')  # the line during which the process was killed
 
-    assert Run(tmp_path, RECIPE).restore(Slope().state(), {}) == 2
+    assert Run(tmp_path, RECIPE).restore(Slope().state(), ORIGIN) == 2
 
     assert [line["step"] for line in metrics_of(run)] == [1, 2]
 
@@ -129,23 +131,24 @@ def test_tensorboard_tells_each_step_once_after_a_kill(tmp_path: Path, monkeypat
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     fit(Run(tmp_path, RECIPE), Slope(), checkpoint_every_s=60)
-    before = (tmp_path / RECIPE.name / "metrics.jsonl").read_text()
+    files = ("metrics.jsonl", "summary.json", "origin.json")
+    before = [(tmp_path / RECIPE.name / name).read_bytes() for name in files]
     again = Slope()
-    fit(Run(tmp_path, RECIPE), again, checkpoint_every_s=60)
-    assert (tmp_path / RECIPE.name / "metrics.jsonl").read_text() == before
+    assert fit(Run(tmp_path, RECIPE), again, checkpoint_every_s=60) == json.loads(before[1])
+    assert [(tmp_path / RECIPE.name / name).read_bytes() for name in files] == before
     assert torch.equal(read_checkpoint(tmp_path, RECIPE.name)["weight"]["bias"], again.weight.bias.detach())
 
 
 def test_time_trained_adds_up_over_interruptions(tmp_path: Path) -> None:
     run, state = Run(tmp_path, RECIPE), Slope().state()
-    run.restore(state, {})
+    run.restore(state, ORIGIN)
     run.save(1, state, wall_s=1000.0)
     assert fit(Run(tmp_path, RECIPE), Slope(), checkpoint_every_s=60)["wall_s"] > 1000
 
 
 def test_a_checkpoint_that_dies_half_way_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, task = Run(tmp_path, RECIPE), Slope()
-    run.restore(task.state(), {})
+    run.restore(task.state(), ORIGIN)
     run.save(1, task.state(), wall_s=1.0)
     whole = (run.directory / "checkpoint.pt").read_bytes()
 
@@ -159,7 +162,7 @@ def test_a_checkpoint_that_dies_half_way_leaves_the_old_one(tmp_path: Path, monk
         run.save(2, task.state(), wall_s=2.0)
 
     assert (run.directory / "checkpoint.pt").read_bytes() == whole
-    assert Run(tmp_path, RECIPE).restore(Slope().state(), {}) == 1
+    assert Run(tmp_path, RECIPE).restore(Slope().state(), ORIGIN) == 1
 
 
 def test_another_recipe_in_the_same_directory_is_refused(tmp_path: Path) -> None:
@@ -175,15 +178,33 @@ def test_a_run_goes_on_only_from_what_it_was_begun_with(tmp_path: Path) -> None:
     fit(Run(tmp_path, RECIPE), Slope(), checkpoint_every_s=60, given={"classifier": first})
     before = (tmp_path / RECIPE.name / "summary.json").read_text()
 
-    with pytest.raises(RunError, match="its classifier has changed"):
+    with pytest.raises(RunError, match="its classifier is not what it was begun with"):
         fit(Run(tmp_path, RECIPE), Slope(), checkpoint_every_s=60, given={"classifier": second})
     other = Slope()
     other.batches = Batches(color_set(12, seed=1), 4, RECIPE.augmentation, 0, torch.device("cpu"))
-    with pytest.raises(RunError, match="its data has changed"):
+    with pytest.raises(RunError, match="its data is not what it was begun with"):
         fit(Run(tmp_path, RECIPE), other, checkpoint_every_s=60, given={"classifier": first})
 
     assert (tmp_path / RECIPE.name / "summary.json").read_text() == before
     assert json.loads(before)["classifier_sha256"] == fingerprint(first)
+
+
+def test_whoever_goes_on_with_a_run_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for commit in ("first", "second", "second"):
+        monkeypatch.setattr("training.runs.git_commit", lambda commit=commit: commit)
+        with pytest.raises(Killed):
+            fit(Run(tmp_path, RECIPE), interrupt(Slope(), 2, monkeypatch), checkpoint_every_s=1e9)
+
+    summary = fit(Run(tmp_path, RECIPE), Slope(), checkpoint_every_s=60)
+
+    assert [session["git_commit"] for session in summary["sessions"]] == ["first", "second"]
+
+
+def test_a_checkpoint_whose_origin_is_lost_is_refused(tmp_path: Path) -> None:
+    fit(Run(tmp_path, RECIPE), Slope(), checkpoint_every_s=60)
+    (tmp_path / RECIPE.name / "origin.json").unlink()
+    with pytest.raises(RunError, match="its data is not what it was begun with"):
+        fit(Run(tmp_path, RECIPE), Slope(), checkpoint_every_s=60)
 
 
 def test_opening_a_run_writes_nothing(tmp_path: Path) -> None:
