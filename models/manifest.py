@@ -260,6 +260,8 @@ class Manifest(Strict):
 
     def _spec(self, name: str) -> AtopSpec | AidSpec | ZeroPurSpec:
         offered = self.defenses.offered()
+        if name == "none":
+            raise UnknownDefense("none stands alone, not in a chain")
         if name not in offered:
             raise UnknownDefense(f"model {self.name} offers the defenses none, {', '.join(offered)}")
         return offered[name]

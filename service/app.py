@@ -68,7 +68,7 @@ def create_app(settings: Settings, load: Callable[[Settings], Loaded] = load_eng
     gateway = Gateway(settings, Metrics(), decoders, budget)
     app = FastAPIOffline(
         title="Clarifier",
-        description=DESCRIPTION,
+        description=f"{DESCRIPTION} {_limits(settings)}",
         redoc_url=None,
         swagger_ui_parameters={"tryItOutEnabled": True},
         lifespan=_lifespan(gateway, load),
@@ -79,6 +79,13 @@ def create_app(settings: Settings, load: Callable[[Settings], Loaded] = load_eng
     app.add_middleware(RequestMiddleware, metrics=gateway.metrics)
     install_handlers(app)
     return app
+
+
+def _limits(settings: Settings) -> str:
+    return (
+        f"Limits here: {settings.max_image_bytes:,} bytes and {settings.max_image_pixels:,} pixels an image, "
+        f"{settings.max_batch_size} images a batch, {settings.request_timeout_ms / 1000:g} seconds an answer."
+    )
 
 
 def decoder_threads() -> int:

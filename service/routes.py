@@ -9,13 +9,22 @@ from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import HTMLResponse
+from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from service.downloads import Download
-from service.errors import PROBLEM_JSON, ClarifierError, NoDetector, NotAcceptable, pages, problem_of
+from service.errors import (
+    PROBLEM_JSON,
+    ClarifierError,
+    ClientLeft,
+    NoDetector,
+    NotAcceptable,
+    NotReady,
+    pages,
+    problem_of,
+)
 from service.gateway import gateway_of
 from service.images import MAX_WEBP_SIDE, change_original, encode_image, encode_pixels, to_floats
 from service.parameters import (
@@ -68,6 +77,7 @@ IMAGE_BODY: dict[str, Any] = {
     "content": {
         "multipart/form-data": {"schema": {"type": "object", "required": ["image"], "properties": {"image": BINARY}}},
         **{f"image/{kind}": {"schema": BINARY} for kind in ("jpeg", "png", "webp", "bmp")},
+        "application/octet-stream": {"schema": BINARY},
     },
 }
 IMAGES_BODY: dict[str, Any] = {
@@ -101,7 +111,16 @@ class DirectRoute(APIRoute):
         await response(scope, receive, send)
 
 
-direct = APIRouter(responses=PROBLEM, tags=["images"], route_class=DirectRoute)
+def _problems() -> dict[int | str, dict[str, Any]]:
+    """For OpenAPI: every status that can be a problem, and the problems it can be."""
+    titles: dict[int | str, list[str]] = {}
+    for slug, (status, title, _) in sorted(pages().items()):
+        if status != ClientLeft.status:
+            titles.setdefault(status, []).append(f"{title} (`{slug}`)")
+    return {status: {**PROBLEM["default"], "description": "; ".join(of_status)} for status, of_status in titles.items()}
+
+
+direct = APIRouter(responses=_problems(), tags=["images"], route_class=DirectRoute)
 router = APIRouter(responses=PROBLEM, tags=["service"])
 
 
@@ -311,6 +330,11 @@ def _encode(image: Floats, model_input: Pixels, original: bytes | None, media_ty
 # --- what is served
 
 
+@router.get("/", include_in_schema=False)
+async def start_page() -> Response:
+    return RedirectResponse("/docs")
+
+
 @router.get("/models", summary="What is loaded, with settings and robustness reports")
 async def models(request: Request) -> ModelsResponse:
     read_parameters(NoParameters, request)
@@ -326,7 +350,10 @@ async def models(request: Request) -> ModelsResponse:
 @router.get("/models/{name}", summary="The versions of one model, oldest first; or one, as name@version")
 async def model(request: Request, name: str) -> list[ModelInfo]:
     read_parameters(NoParameters, request)
-    return gateway_of(request).catalog.describe(name)
+    gateway = gateway_of(request)
+    if gateway.batcher is None:  # a model that will be there is not unknown
+        raise NotReady(gateway.why_not_ready() or "")
+    return gateway.catalog.describe(name)
 
 
 # --- for machines

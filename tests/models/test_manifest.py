@@ -44,7 +44,7 @@ def test_chains_resolve_to_names_and_presets(asked: str, canonical: str, chain: 
     [
         ("", "offers the defenses none, atop, aid, zeropur"),
         ("magic", "offers the defenses none, atop, aid, zeropur"),
-        ("none,atop", "offers the defenses"),
+        ("none,atop", "none stands alone"),
         ("atop,", "offers the defenses"),
         ("atop:rt9", "defense atop has the presets rt1, rt2, rt3"),
         ("atop:", "defense atop has the presets"),

@@ -96,6 +96,26 @@ def test_loading_that_fails_is_logged_and_leaves_the_service_not_ready(
     assert "canary" in caplog.text
 
 
+def test_a_model_that_is_being_loaded_is_not_unknown() -> None:
+    async def scenario() -> None:
+        gate = threading.Event()
+
+        def load(_: Settings) -> Loaded:
+            gate.wait(20)
+            return loaded(FakeBundle())
+
+        async with client(load) as made:
+            early = await made.get("/models/colors")
+            gate.set()
+            await ready(made)
+            late = await made.get("/models/colors")
+            unknown = await made.get("/models/nobody")
+        assert (early.status_code, early.json()["code"]) == (503, "not_ready")
+        assert (late.status_code, unknown.status_code) == (200, 404)
+
+    asyncio.run(scenario())
+
+
 def test_a_stop_while_loading_is_clean() -> None:
     async def scenario() -> None:
         gate = threading.Event()

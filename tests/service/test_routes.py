@@ -402,6 +402,19 @@ def test_a_batch_repeats_its_seed_for_each_image(service: Running) -> None:
     assert [result["top"] for result in results] == [alone["top"]] * 2
 
 
+def test_a_browser_that_comes_to_the_address_is_shown_the_documentation(service: Running) -> None:
+    response = service.client.get("/")
+    assert (response.status_code, response.headers["location"]) == (307, "/docs")
+
+
+def test_the_documentation_lists_every_status_and_the_limits(service: Running) -> None:
+    described = service.client.get("/openapi.json").json()
+    responses = described["paths"]["/classify"]["post"]["responses"]
+    assert {"200", "400", "404", "408", "413", "415", "422", "429", "500", "503", "504"} <= responses.keys()
+    assert "`too-many-pixels`" in responses["413"]["description"]
+    assert "10,485,760 bytes and 40,000,000 pixels" in described["info"]["description"]
+
+
 def test_a_raw_body_is_no_batch(service: Running) -> None:
     service.refuses(service.client.post("/classify/batch", content=GOOD), 415, "unsupported_media")
     service.refuses(service.client.post("/classify/batch"), 400, "empty_body")

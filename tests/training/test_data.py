@@ -208,6 +208,13 @@ def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
         load_split(recipe_for(tmp_path), "train")
 
 
+@pytest.mark.parametrize("source", ["/no/such/folder", "./data", "../no/such", "~/data", "a/b/c"])
+def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    with pytest.raises(DataError, match="there is no folder"):
+        load_split(recipe_for(source), "train")
+
+
 def test_a_folder_without_the_split_and_an_unreachable_name_are_refused(tmp_path: Path) -> None:
     write_parquet(tmp_path, "train", *colors(3))
     with pytest.raises(DataError, match=r"neither test-\*\.parquet"):
