@@ -1,7 +1,8 @@
 """How the C library keeps memory that a batch has freed.
 
 Every batch takes and frees the same tens of megabytes. By default glibc hands them back to the kernel each time, which
-then has to clear them again, page by page, for the next batch: on two cores that was an eighth of the machine's time.
+then has to clear them again, page by page, for the next batch. `make bench` shows what that costs: offline with and
+without it.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from service.errors import install_handlers
 from service.gateway import Gateway
 from service.metrics import Metrics
 from service.middleware import RequestMiddleware
+from service.probes import probes
 from service.repository import Catalog, load_repository, warm_bundles
 from service.routes import direct, router
 from service.settings import Settings
@@ -76,6 +77,7 @@ def create_app(settings: Settings, load: Callable[[Settings], Loaded] = load_eng
     app.state.gateway = gateway
     app.include_router(direct)
     app.include_router(router)
+    app.include_router(probes)
     app.add_middleware(RequestMiddleware, metrics=gateway.metrics)
     install_handlers(app)
     return app

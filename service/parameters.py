@@ -178,18 +178,3 @@ def _q(options: list[str]) -> float:
                 return 0.0
             return quality if math.isfinite(quality) else 0.0
     return 1.0
-
-
-def openapi_parameters(kind: type[Parameters]) -> list[dict[str, Any]]:
-    """The parameters of `kind` as OpenAPI lists them."""
-    schema = kind.model_json_schema()
-    return [
-        {
-            "name": name,
-            "in": "query",
-            "required": False,
-            "description": field.pop("description", ""),
-            "schema": {key: value for key, value in field.items() if key != "title"},
-        }
-        for name, field in schema.get("properties", {}).items()
-    ]

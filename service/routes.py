@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from html import escape
-from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
@@ -16,9 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from service.downloads import Download
 from service.errors import (
-    PROBLEM_JSON,
     ClarifierError,
-    ClientLeft,
     NoDetector,
     NotAcceptable,
     NotReady,
@@ -27,14 +24,13 @@ from service.errors import (
 )
 from service.gateway import gateway_of
 from service.images import MAX_WEBP_SIDE, change_original, encode_image, encode_pixels, to_floats
+from service.openapi import BINARY, IMAGES_BODY, documented, problem_response, problems
 from service.parameters import (
     ClassifyParameters,
     DetectParameters,
     ModelParameters,
     NoParameters,
-    Parameters,
     PurifyParameters,
-    openapi_parameters,
     read_accepted,
     read_parameters,
 )
@@ -55,7 +51,6 @@ from service.schemas import (
     BatchResponse,
     ClassifyResponse,
     DetectResponse,
-    HealthResponse,
     ModelInfo,
     ModelsResponse,
     Problem,
@@ -71,31 +66,6 @@ ORIGINAL_SIZE_TYPES = ("image/png", "image/webp")
 HUGE_TYPES = ("image/png",)
 """For originals of more than MAX_WEBP_SIDE."""
 DEFAULT_TOP_K = 5
-BINARY: dict[str, Any] = {"type": "string", "format": "binary"}
-IMAGE_BODY: dict[str, Any] = {
-    "required": True,
-    "content": {
-        "multipart/form-data": {"schema": {"type": "object", "required": ["image"], "properties": {"image": BINARY}}},
-        **{f"image/{kind}": {"schema": BINARY} for kind in ("jpeg", "png", "webp", "bmp")},
-        "application/octet-stream": {"schema": BINARY},
-    },
-}
-IMAGES_BODY: dict[str, Any] = {
-    "required": True,
-    "content": {
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "required": ["images"],
-                "properties": {"images": {"type": "array", "items": BINARY}},
-            }
-        }
-    },
-}
-
-PROBLEM: dict[int | str, dict[str, Any]] = {
-    "default": {"description": "A problem", "content": {PROBLEM_JSON: {}}, "model": Problem}
-}
 
 
 class DirectRoute(APIRoute):
@@ -111,22 +81,8 @@ class DirectRoute(APIRoute):
         await response(scope, receive, send)
 
 
-def _problems() -> dict[int | str, dict[str, Any]]:
-    """For OpenAPI: every status that can be a problem, and the problems it can be."""
-    titles: dict[int | str, list[str]] = {}
-    for slug, (status, title, _) in sorted(pages().items()):
-        if status != ClientLeft.status:
-            titles.setdefault(status, []).append(f"{title} (`{slug}`)")
-    return {status: {**PROBLEM["default"], "description": "; ".join(of_status)} for status, of_status in titles.items()}
-
-
-direct = APIRouter(responses=_problems(), tags=["images"], route_class=DirectRoute)
-router = APIRouter(responses=PROBLEM, tags=["service"])
-
-
-def _documented(kind: type[Parameters], body: dict[str, Any] = IMAGE_BODY) -> dict[str, Any]:
-    """What OpenAPI says about a route whose query and body we read ourselves."""
-    return {"parameters": openapi_parameters(kind), "requestBody": body}
+direct = APIRouter(responses=problems(), tags=["images"], route_class=DirectRoute)
+router = APIRouter(responses={"default": problem_response("A problem")}, tags=["service"])
 
 
 # --- routes that run an engine
@@ -135,7 +91,7 @@ def _documented(kind: type[Parameters], body: dict[str, Any] = IMAGE_BODY) -> di
 @direct.post(
     "/classify",
     responses={200: {"model": ClassifyResponse}},
-    openapi_extra=_documented(ClassifyParameters),
+    openapi_extra=documented(ClassifyParameters),
     summary="A defended answer: what is in the image",
 )
 async def classify(request: Request) -> Response:
@@ -149,7 +105,7 @@ async def classify(request: Request) -> Response:
 @direct.post(
     "/classify/batch",
     responses={200: {"model": BatchResponse}},
-    openapi_extra=_documented(ClassifyParameters, IMAGES_BODY),
+    openapi_extra=documented(ClassifyParameters, IMAGES_BODY),
     summary="Several images, an answer or a problem for each, in their order",
 )
 async def classify_batch(request: Request) -> Response:
@@ -169,7 +125,7 @@ async def classify_batch(request: Request) -> Response:
 @direct.post(
     "/purify",
     responses={200: {"content": {kind: {"schema": BINARY} for kind in MODEL_SIZE_TYPES}}},
-    openapi_extra=_documented(PurifyParameters),
+    openapi_extra=documented(PurifyParameters),
     summary="The image without what an attack may have put into it",
 )
 async def purify(request: Request) -> Response:
@@ -206,7 +162,7 @@ async def purify(request: Request) -> Response:
 @direct.post(
     "/detect",
     responses={200: {"model": DetectResponse}},
-    openapi_extra=_documented(DetectParameters),
+    openapi_extra=documented(DetectParameters),
     summary="How natural the image looks to the AID discriminator",
 )
 async def detect(request: Request) -> Response:
@@ -354,37 +310,6 @@ async def model(request: Request, name: str) -> list[ModelInfo]:
     if gateway.batcher is None:  # a model that will be there is not unknown
         raise NotReady(gateway.why_not_ready() or "")
     return gateway.catalog.describe(name)
-
-
-# --- for machines
-
-
-@router.get("/livez", summary="The process can go on")
-@router.head("/livez", include_in_schema=False)
-@router.api_route("/ping", methods=["GET", "HEAD"], include_in_schema=False)
-async def livez(request: Request) -> Response:
-    return _health("live", gateway_of(request).why_not_live())
-
-
-@router.get("/readyz", summary="Requests would be answered now")
-@router.head("/readyz", include_in_schema=False)
-@router.api_route("/healthz", methods=["GET", "HEAD"], include_in_schema=False)
-@router.api_route("/health", methods=["GET", "HEAD"], include_in_schema=False)
-async def readyz(request: Request) -> Response:
-    return _health("ready", gateway_of(request).why_not_ready())
-
-
-def _health(good: str, reason: str | None) -> Response:
-    answer = HealthResponse(status=good if reason is None else f"not {good}", reason=reason)
-    status = 200 if reason is None else 503
-    return Response(answer.model_dump_json(exclude_none=True), status, media_type="application/json")
-
-
-@router.get("/metrics", summary="Prometheus")
-@router.head("/metrics", include_in_schema=False)
-async def metrics(request: Request) -> Response:
-    page = gateway_of(request).metrics.page()
-    return Response(page, media_type="text/plain; version=1.0.0; charset=utf-8")
 
 
 @router.get("/problems/{slug}", summary="What a problem type means", response_class=HTMLResponse)

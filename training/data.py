@@ -76,9 +76,9 @@ def load_split(recipe: DataRecipe, split: str) -> ImageSet:
 
 def _open(source: str, split: str) -> datasets.Dataset:
     folder = Path(source)
-    if not folder.is_dir() and (folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1):
-        raise DataError(f"there is no folder {folder}")  # and no name on the hub looks like this
     if not folder.is_dir():
+        if folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:  # no name on the hub is so
+            raise DataError(f"there is no folder {folder}")
         return _read(source, source, split=split)
     parquet = sorted(str(path) for path in folder.glob(f"**/{split}-*.parquet"))
     if parquet:

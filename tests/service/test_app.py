@@ -31,6 +31,14 @@ async def client(load: Callable[[Settings], Loaded]) -> AsyncIterator[httpx.Asyn
         yield made
 
 
+def loads_after(gate: threading.Event) -> Callable[[Settings], Loaded]:
+    def load(_: Settings) -> Loaded:
+        gate.wait(20)
+        return loaded(FakeBundle())
+
+    return load
+
+
 async def ready(made: httpx.AsyncClient) -> dict[str, object]:
     """What /readyz says once it no longer says that it is loading."""
     async with asyncio.timeout(20):
@@ -99,12 +107,7 @@ def test_loading_that_fails_is_logged_and_leaves_the_service_not_ready(
 def test_a_model_that_is_being_loaded_is_not_unknown() -> None:
     async def scenario() -> None:
         gate = threading.Event()
-
-        def load(_: Settings) -> Loaded:
-            gate.wait(20)
-            return loaded(FakeBundle())
-
-        async with client(load) as made:
+        async with client(loads_after(gate)) as made:
             early = await made.get("/models/colors")
             gate.set()
             await ready(made)
@@ -119,12 +122,7 @@ def test_a_model_that_is_being_loaded_is_not_unknown() -> None:
 def test_a_stop_while_loading_is_clean() -> None:
     async def scenario() -> None:
         gate = threading.Event()
-
-        def load(_: Settings) -> Loaded:
-            gate.wait(20)
-            return loaded(FakeBundle())
-
-        async with client(load):
+        async with client(loads_after(gate)):
             asyncio.get_running_loop().call_later(0.05, gate.set)
 
     asyncio.run(scenario())

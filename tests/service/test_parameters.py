@@ -6,10 +6,10 @@ import pytest
 from fastapi import Request
 
 from service.errors import DeadlineExceeded, InvalidParameter
+from service.openapi import documented
 from service.parameters import (
     ClassifyParameters,
     PurifyParameters,
-    openapi_parameters,
     read_accepted,
     read_parameters,
     read_timeout_s,
@@ -149,11 +149,11 @@ def test_no_accept_header_takes_the_first() -> None:
 
 
 def test_openapi_lists_every_parameter_with_its_range() -> None:
-    parameters = {entry["name"]: entry for entry in openapi_parameters(ClassifyParameters)}
+    parameters = {entry["name"]: entry for entry in documented(ClassifyParameters)["parameters"]}
     assert list(parameters) == list(ClassifyParameters.model_fields)
     assert parameters["votes"]["schema"] == {"default": 1, "maximum": 64, "minimum": 1, "type": "integer"}
     assert all(entry["description"] for entry in parameters.values())
-    sizes = {entry["name"]: entry for entry in openapi_parameters(PurifyParameters)}["size"]["schema"]
+    sizes = {entry["name"]: entry for entry in documented(PurifyParameters)["parameters"]}["size"]["schema"]
     assert sizes["enum"] == ["model", "original"]
 
 
