@@ -22,7 +22,7 @@ from PIL import Image
 
 from models import Bundle, load_bundle
 from service.images import decode_image
-from training.attacks import foolbox_pgd
+from training.attacks.by_foolbox import foolbox_pgd
 from training.config import DataRecipe
 from training.data import load_split
 

@@ -66,6 +66,55 @@ class Augmentation(Strict):
     flip: bool = True
 
 
+class NoisyFgsmTraining(Strict):
+    """Train on one FGSM step from uniform noise, without projection (N-FGSM, de Jorge et al., 2022)."""
+
+    method: Literal["n-fgsm"]
+    eps: PositiveFloat = 8 / 255
+    """Radius of the ball; here also the size of the step."""
+    noise: NonNegativeFloat = 2.0
+    """Half the width of the noise, in units of `eps`; with less than about 1 the training may collapse."""
+
+
+class PgdTraining(Strict):
+    """Train on PGD images (Madry et al., 2018)."""
+
+    method: Literal["pgd"]
+    eps: PositiveFloat = 8 / 255
+    step_size: PositiveFloat = 2 / 255
+    steps: PositiveInt = 10
+
+
+class TradesTraining(Strict):
+    """Clean cross-entropy plus `beta` times the divergence that PGD reaches (TRADES, Zhang et al., 2019)."""
+
+    method: Literal["trades"]
+    eps: PositiveFloat = 8 / 255
+    step_size: PositiveFloat = 0.007
+    steps: PositiveInt = 10
+    beta: PositiveFloat = 6.0
+
+
+class AvmixupTraining(Strict):
+    """Train on mixtures of an image and its adversarial vertex (AVmixup, Lee et al., 2020)."""
+
+    method: Literal["avmixup"]
+    eps: PositiveFloat = 8 / 255
+    step_size: PositiveFloat = 2 / 255
+    steps: PositiveInt = 10
+    gamma: PositiveFloat = 2.0
+    """How far the vertex lies beyond the adversarial image."""
+    clean_share: Fraction = 1.0
+    """What the target of the clean end leaves on the true class; the rest is spread over the others."""
+    vertex_share: Fraction = 0.1
+    """The same for the vertex."""
+
+
+AdversarialTraining = Annotated[
+    NoisyFgsmTraining | PgdTraining | TradesTraining | AvmixupTraining, Field(discriminator="method")
+]
+
+
 class ClassifierRecipe(Recipe):
     """`train-classifier`: SGD with Nesterov momentum, linear warm-up, cosine decay, an average of the weights."""
 
@@ -82,6 +131,8 @@ class ClassifierRecipe(Recipe):
     """Share of the batches in which a box of every image is replaced by that of another (Yun et al., 2019)."""
     average_decay: Decay = 0.99
     """Decay of the exponential moving average of the weights, per step; the average is what is kept."""
+    adversarial: AdversarialTraining | None = None
+    """How the training images are made adversarial; None trains on them as they are."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

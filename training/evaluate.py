@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from models import Bundle, load_bundle, write_report
 from models.randomness import derive_seed, generator_for
-from training.attacks import foolbox_fgsm, foolbox_pgd
+from training.attacks.by_foolbox import foolbox_fgsm, foolbox_pgd
 from training.config import EvaluateRecipe
 from training.data import DataError, ImageSet, in_batches, load_split
 from training.provenance import git_commit, hardware, library_versions

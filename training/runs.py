@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
@@ -50,6 +51,15 @@ class Task(Protocol):
     def summarize(self) -> dict[str, float]: ...
 
 
+def is_recipe(resolved: Mapping[str, Any], recipe: Recipe) -> bool:
+    """Whether a run's recipe.json is `recipe`, wherever the data is; fields that came later have their defaults."""
+    try:
+        data = {**resolved["data"], "source": recipe.data.source}
+        return type(recipe).model_validate({**resolved, "data": data}) == recipe
+    except (KeyError, ValidationError):
+        return False
+
+
 class Run:
     """A run directory `<runs>/<recipe.name>`, open for writing."""
 
@@ -62,7 +72,7 @@ class Run:
         self._recipe = self.directory / "recipe.json"
         self._origin = self.directory / "origin.json"
         self._resolved = recipe.model_dump_json(indent=2, exclude={"data": {"source"}}) + "\n"
-        if self._recipe.exists() and self._recipe.read_text() != self._resolved:
+        if self._recipe.exists() and not is_recipe(json.loads(self._recipe.read_text()), recipe):
             raise RunError(f"{self.directory} belongs to another recipe; remove it or name this run differently")
 
     def restore(self, state: Mapping[str, Stateful], origin: Mapping[str, str]) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from models.aid import Aid, AidDiscriminator, pooled_taps, tap_channels
 from models.classifiers import Classifier
 from models.randomness import generator_for
-from training.attacks import pgd_linf
+from training.attacks.pgd import pgd_linf
 from training.config import AidRecipe, refuse_unknown_layers
 from training.data import Batches, ImageSet, in_batches, load_split
 from training.precision import autocast

@@ -1,4 +1,4 @@
-"""`train-classifier`: the undefended classifier, by plain supervised training."""
+"""`train-classifier`: the undefended classifier, by plain supervised or by adversarial training."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from models.classifiers import Classifier, build_classifier
 from models.randomness import generator_for
 from models.speednet import WhiteningStem
+from training.adversarial import attack, running_statistics_kept, training_loss
 from training.config import ClassifierRecipe
 from training.data import Batches, ImageSet, in_batches, load_split, to_float
 from training.precision import autocast
@@ -61,9 +62,8 @@ class ClassifierTraining:
         self.classifier.train()
         images, labels = self.batches.at(step)
         images, targets = self.mix(images, F.one_hot(labels, len(self.batches.data.classes)).float(), step)
-        with autocast(self.device, self.recipe.precision):
-            logits = self.classifier(images)
-            loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.recipe.label_smoothing)
+        attacked, targets = self.attack(images, targets, step)
+        loss, logits = training_loss(self.logits, images, attacked, targets, self.recipe.adversarial, self.loss)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -71,6 +71,24 @@ class ClassifierTraining:
         self.average.update_parameters(self.classifier)
         accuracy = (logits.argmax(1) == labels).float().mean()
         return {"loss": loss.item(), "train_accuracy": accuracy.item()}
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Of the classifier in whatever mode it is in, at the recipe's precision; float32 (N, K)."""
+        with autocast(self.device, self.recipe.precision):
+            logits: Tensor = self.classifier(images)
+        return logits.float()
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy with the recipe's label smoothing."""
+        return F.cross_entropy(logits, targets, label_smoothing=self.recipe.label_smoothing)
+
+    def attack(self, images: Tensor, targets: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """The images that this step trains on, adversarial if the recipe says so, and their targets."""
+        if self.recipe.adversarial is None:
+            return images, targets
+        generator = generator_for(self.recipe.seed, "attack", step)
+        with running_statistics_kept(self.classifier):
+            return attack(self.logits, images, targets, self.recipe.adversarial, generator)
 
     def mix(self, images: Tensor, targets: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """CutMix on the recipe's share of the batches."""

@@ -21,7 +21,7 @@ from models.atop import AtopPurifier, build_inpainter
 from models.classifiers import Classifier
 from models.patchgan import PatchDiscriminator, discriminator_loss, generator_loss
 from models.randomness import derive_seed
-from training.attacks import fgsm
+from training.attacks.pgd import fgsm
 from training.config import FinetuneRecipe, PretrainRecipe, PurifierRecipe
 from training.data import Batches, ImageSet, load_split
 from training.precision import autocast

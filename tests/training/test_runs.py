@@ -173,6 +173,22 @@ def test_another_recipe_in_the_same_directory_is_refused(tmp_path: Path) -> None
     assert Run(tmp_path, RECIPE.model_copy(update={"data": elsewhere})).restore({}, {}) == 0
 
 
+@pytest.mark.parametrize(("lr", "goes_on"), [(RECIPE.lr, True), (2 * RECIPE.lr, False)])
+def test_a_run_of_an_older_version_goes_on_if_what_it_did_is_the_default_now(
+    lr: float, goes_on: bool, tmp_path: Path
+) -> None:
+    Run(tmp_path, RECIPE).restore({}, {})
+    path = tmp_path / RECIPE.name / "recipe.json"
+    older = json.loads(path.read_text()) | {"lr": lr}
+    del older["adversarial"]
+    path.write_text(json.dumps(older))
+    if goes_on:
+        assert Run(tmp_path, RECIPE).restore({}, {}) == 0
+    else:
+        with pytest.raises(RunError, match="belongs to another recipe"):
+            Run(tmp_path, RECIPE)
+
+
 def test_a_run_goes_on_only_from_what_it_was_begun_with(tmp_path: Path) -> None:
     first, second = ({"weight": torch.tensor([value])} for value in (1.0, 2.0))
     fit(Run(tmp_path, RECIPE), Slope(), checkpoint_every_s=60, given={"classifier": first})

@@ -12,7 +12,7 @@ from models.aid import Aid
 from models.classifiers import Classifier
 from tests.fakes import smooth_classifier
 from tests.training.tiny import RECIPES, Workshop, assert_resumes_exactly, assert_same, color_set
-from training.attacks import pgd_linf
+from training.attacks.pgd import pgd_linf
 from training.config import AidRecipe
 from training.data import to_float
 from training.evaluate import auroc

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.randomness import generator_for
 from models.speednet import WhiteningStem
 from tests.fakes import color_classifier, weight_of
 from tests.training.tiny import CLASSES, DATA, RECIPES, assert_resumes_exactly, color_set
+from training.attacks.pgd import pgd_linf
 from training.config import ClassifierRecipe
 from training.data import ImageSet, to_float
 from training.train_classifier import (
@@ -48,6 +50,44 @@ def test_a_classifier_that_is_stopped_ends_like_one_that_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert_resumes_exactly(lambda: training(epochs=1.5), recipe_with(epochs=1.5), tmp_path, monkeypatch)
+
+
+ADVERSARIAL: dict[str, dict[str, Any]] = {
+    "n-fgsm": {},
+    "pgd": {"steps": 3, "step_size": 0.08},
+    "trades": {"steps": 3, "step_size": 0.08, "beta": 3.0},
+    "avmixup": {"steps": 3, "step_size": 0.08},
+}
+
+
+def attacked_loss(adversarial: dict[str, Any] | None) -> float:
+    """The test loss under PGD of a classifier that was trained so, on images that PGD can move across."""
+    task = training(adversarial=adversarial, cutmix=0.0, epochs=12, mirrored=False)
+    for step in range(task.steps):
+        task.step(step)
+    classifier, labels = task.average.module.eval().requires_grad_(False), task.test.labels
+    images, generator = to_float(task.test.images, CPU), torch.Generator().manual_seed(0)
+    attacked = pgd_linf(classifier, images, labels, eps=0.12, steps=10, step_size=0.03, generator=generator)
+    return F.cross_entropy(classifier(attacked), labels).item()
+
+
+@pytest.fixture(scope="module")
+def loss_of_plain_training() -> float:
+    return attacked_loss(None)
+
+
+@pytest.mark.parametrize("method", ADVERSARIAL)
+def test_adversarial_training_resists_an_attack_better_than_plain_training(
+    method: str, loss_of_plain_training: float
+) -> None:
+    assert attacked_loss({"method": method, "eps": 0.12, **ADVERSARIAL[method]}) < 0.5 * loss_of_plain_training
+
+
+def test_an_adversarial_classifier_that_is_stopped_ends_like_one_that_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"epochs": 1.5, "adversarial": {"method": "avmixup", "steps": 2}}
+    assert_resumes_exactly(lambda: training(**changes), recipe_with(**changes), tmp_path, monkeypatch)
 
 
 def test_the_seed_decides_the_first_weights() -> None:

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.fakes import linear_problem, smooth_classifier, weight_of
-from training.attacks import Model, fgsm, foolbox_fgsm, foolbox_pgd, loss_gradient, pgd_linf
+from training.attacks.by_foolbox import foolbox_fgsm, foolbox_pgd
+from training.attacks.pgd import Model, fgsm, loss_gradient, pgd_linf
 
 
 def our_pgd(model: Model, images: Tensor, labels: Tensor, *, eps: float) -> Tensor:

@@ -1,0 +1,120 @@
+"""Adversarial training of a classifier: what one step minimizes, for each method.
+
+Targets are probabilities (N, K). Attacks see the classifier as it trains, normalized by the batch's own statistics.
+With the running ones single-step training found images that fooled nobody: after 300 steps on CIFAR-10 it classified
+77 % of them right, and 2 % of those of PGD-10.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from models.gradients import input_gradient
+from training.attacks.pgd import Model, ascend, loss_gradient, pgd_linf
+from training.attacks.threats import Linf
+from training.config import AdversarialTraining, AvmixupTraining, NoisyFgsmTraining, PgdTraining, TradesTraining
+
+TRADES_START = 0.001
+"""Deviation of the noise that TRADES starts from: where both outputs are equal the divergence has no gradient."""
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Cross-entropy of logits (N, K) and targets (N, K), as the recipe smooths it."""
+
+
+@contextmanager
+def running_statistics_kept(network: nn.Module) -> Iterator[None]:
+    """Batch norms in train mode normalize by the batch and leave their running statistics alone."""
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+def attack(
+    model: Model, images: Tensor, targets: Tensor, method: AdversarialTraining, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The images that a method trains on in the place of `images`, and their targets."""
+    match method:
+        case NoisyFgsmTraining():
+            return noisy_fgsm(model, images, targets, method, generator), targets
+        case TradesTraining():
+            return farthest(model, images, method, generator), targets
+        case PgdTraining() | AvmixupTraining():
+            attacked = pgd_linf(
+                model,
+                images,
+                targets,
+                eps=method.eps,
+                steps=method.steps,
+                step_size=method.step_size,
+                generator=generator,
+            )
+            if isinstance(method, PgdTraining):
+                return attacked, targets
+            return avmixup(images, attacked, targets, method, generator)
+
+
+def noisy_fgsm(
+    model: Model, images: Tensor, targets: Tensor, method: NoisyFgsmTraining, generator: torch.Generator
+) -> Tensor:
+    """One signed step of `eps` from uniform noise of `noise` times `eps`; only clipped to [0, 1], never projected.
+
+    N-FGSM (de Jorge et al., 2022), Algorithm 1.
+    """
+    noise = (2 * torch.rand(images.shape, generator=generator) - 1).to(images.device)
+    noisy = images + method.noise * method.eps * noise
+    return (noisy + method.eps * loss_gradient(model, noisy, targets).sign()).clamp(0, 1)
+
+
+def farthest(model: Model, images: Tensor, method: TradesTraining, generator: torch.Generator) -> Tensor:
+    """Images in the ball whose outputs diverge most from those of `images` (TRADES, Eq. 5)."""
+    with torch.no_grad():
+        clean = model(images).softmax(1)
+
+    def gradient(moved: Tensor) -> Tensor:
+        return input_gradient(lambda x: F.kl_div(model(x).log_softmax(1), clean, reduction="none").sum(1), moved)
+
+    start = images + TRADES_START * torch.randn(images.shape, generator=generator).to(images.device)
+    return ascend(gradient, start, images, Linf(method.eps), steps=method.steps, step_size=method.step_size)
+
+
+def avmixup(
+    images: Tensor, attacked: Tensor, targets: Tensor, method: AvmixupTraining, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Each image mixed with its adversarial vertex x + gamma (x' - x), and the smoothed targets mixed likewise.
+
+    AVmixup (Lee et al., 2020), Eq. 8 to 10; the share of the image is uniform.
+    """
+    vertex = (images + method.gamma * (attacked - images)).clamp(0, 1)
+    share = torch.rand(len(images), generator=generator).to(images.device)
+    mixed = torch.lerp(vertex, images, share.view(-1, 1, 1, 1))
+    clean_end, vertex_end = (smoothed(targets, kept) for kept in (method.clean_share, method.vertex_share))
+    return mixed, torch.lerp(vertex_end, clean_end, share.view(-1, 1))
+
+
+def smoothed(targets: Tensor, kept: float) -> Tensor:
+    """Targets (N, K) of which `kept` stays on the true classes and the rest goes to the others in equal parts."""
+    return kept * targets + (1 - kept) * (1 - targets) / (targets.shape[1] - 1)
+
+
+def training_loss(
+    model: Model, images: Tensor, attacked: Tensor, targets: Tensor, method: AdversarialTraining | None, loss: Loss
+) -> tuple[Tensor, Tensor]:
+    """What a step minimizes, and the logits (N, K) of the images that it was trained on."""
+    if isinstance(method, TradesTraining):
+        clean, moved = model(torch.cat([images, attacked])).chunk(2)
+        divergence = F.kl_div(moved.log_softmax(1), clean.softmax(1), reduction="batchmean")
+        return loss(clean, targets) + method.beta * divergence, moved
+    logits = model(attacked)
+    return loss(logits, targets), logits
