@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.fakes import linear_problem, smooth_classifier, weight_of
-from training.attacks.by_foolbox import foolbox_fgsm, foolbox_pgd
+from training.attacks.by_foolbox import (
+    foolbox_cw,
+    foolbox_deepfool,
+    foolbox_fgsm,
+    foolbox_mim,
+    foolbox_pgd,
+    foolbox_pgd_l2,
+)
 from training.attacks.pgd import Model, fgsm, loss_gradient, pgd_linf
 
 
@@ -115,3 +122,32 @@ def test_foolbox_attacks_frozen_classifiers_only(attack: partial[Tensor]) -> Non
     classifier = problem.classifier.requires_grad_(False)
     attack(classifier, problem.images, problem.labels, eps=0.1)
     assert all(weight.grad is None for weight in classifier.parameters())
+
+
+# What else Foolbox runs
+
+
+@pytest.mark.parametrize("attack", [partial(foolbox_mim, step_size=0.003), foolbox_deepfool])
+def test_mim_and_deepfool_fool_outside_the_margin_and_never_inside(attack: partial[Tensor]) -> None:
+    problem = linear_problem()
+    classifier = problem.classifier.requires_grad_(False)
+    for share, fools in ((0.97, False), (1.05, True)):
+        moved = attack(classifier, problem.images, problem.labels, eps=share * problem.margin)
+        assert ((classifier(moved).argmax(1) != problem.labels) == fools).all()
+        assert (moved - problem.images).abs().max() <= share * problem.margin + 1e-6
+
+
+def test_l2_attacks_fool_near_the_margin_in_their_norm() -> None:
+    problem = linear_problem()
+    classifier = problem.classifier.requires_grad_(False)
+    weight = weight_of(classifier, "stages.head.weight")[1]
+    distance = problem.margin * float(weight.abs().sum() / weight.norm())
+    for share, fools in ((0.97, False), (1.03, True)):
+        eps = share * distance
+        moved = foolbox_pgd_l2(classifier, problem.images, problem.labels, eps=eps, steps=30, step_size=eps / 10)
+        assert ((classifier(moved).argmax(1) != problem.labels) == fools).all()
+    unbounded = foolbox_cw(classifier, problem.images, problem.labels)
+    assert (classifier(unbounded).argmax(1) != problem.labels).all()
+    lengths = (unbounded - problem.images).flatten(1).norm(dim=1)
+    assert (lengths > distance).all()
+    assert (lengths < 1.5 * distance).all()

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.classifiers import Classifier
+from tests.fakes import linear_classifier, linear_problem, smooth_classifier
+from training.attacks.by_autoattack import apgd, autoattack, square
+from training.attacks.pgd import cross_entropy, pgd_linf
+from training.attacks.threats import L2, Linf, assert_in_budget
+
+
+def four_classes(two: Classifier) -> Classifier:
+    """The same problem with two more classes that nothing can reach, and logits that leave cross-entropy a gradient."""
+    state = two.state_dict()
+    weight, bias = state["stages.head.weight"] / 20, state["stages.head.bias"] / 20
+    padded = torch.cat([weight, torch.zeros_like(weight)])
+    return linear_classifier(padded, torch.cat([bias, torch.tensor([-1e3, -2e3])])).requires_grad_(False)
+
+
+ATTACKS = {
+    "apgd-ce": partial(apgd, loss="ce", steps=20, draws=1, seed=0),
+    "apgd-dlr": partial(apgd, loss="dlr", steps=20, draws=2, seed=0),
+    "autoattack": partial(autoattack, seed=0),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+@pytest.mark.parametrize("norm", [Linf, L2])
+def test_it_fools_just_outside_the_margin_and_never_inside(
+    attack: partial[Tensor], norm: type[Linf] | type[L2]
+) -> None:
+    problem = linear_problem(side=16)
+    classifier = four_classes(problem.classifier)
+    weight = classifier.state_dict()["stages.head.weight"][1]
+    distance = problem.margin if norm is Linf else problem.margin * float(weight.abs().sum() / weight.norm())
+
+    def fooled(eps: float) -> list[bool]:
+        moved = attack(classifier, problem.images, problem.labels, norm(eps))
+        assert_in_budget(moved, problem.images, norm(eps * (1 + 1e-5)), "the attack")
+        labels: list[int] = classifier(moved).argmax(1).tolist()
+        return [label != right for label, right in zip(labels, problem.labels.tolist(), strict=True)]
+
+    assert not any(fooled(0.97 * distance))
+    assert all(fooled(1.03 * distance))
+
+
+def test_square_needs_no_gradient_and_stays_in_its_budget() -> None:
+    problem = linear_problem()
+    classifier = four_classes(problem.classifier)
+    asked = 0
+
+    class Blind(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            nonlocal asked
+            asked += len(images)
+            assert not torch.is_grad_enabled()
+            logits: Tensor = classifier(images)
+            return logits
+
+    def fooled(eps: float) -> list[bool]:
+        moved = square(Blind(), problem.images, problem.labels, Linf(eps), queries=300, seed=0)
+        assert_in_budget(moved, problem.images, Linf(eps), "Square")
+        labels: list[int] = classifier(moved).argmax(1).tolist()
+        return [label != right for label, right in zip(labels, problem.labels.tolist(), strict=True)]
+
+    assert not any(fooled(0.97 * problem.margin))
+    assert all(fooled(4 * problem.margin))
+    assert asked <= 2 * 8 * (300 + 3)
+
+
+def test_apgd_is_at_least_as_strong_as_our_pgd() -> None:
+    classifier = smooth_classifier().requires_grad_(False)
+    images = torch.rand(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = classifier(images).argmax(1)
+    ours = pgd_linf(classifier, images, labels, eps=0.1, steps=30, step_size=0.01, generator=torch.Generator())
+    theirs = apgd(classifier, images, labels, Linf(0.1), loss="ce", steps=30, draws=1, seed=0)
+    losses = [cross_entropy(classifier, moved, labels).mean().item() for moved in (images, ours, theirs)]
+    assert losses[0] < losses[1] < losses[2] * 1.01
+
+
+def test_two_classes_are_refused() -> None:
+    problem = linear_problem()
+    with pytest.raises(ValueError, match="three classes"):
+        autoattack(problem.classifier, problem.images, problem.labels, Linf(0.1), seed=0)

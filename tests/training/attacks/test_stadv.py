@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from models.defense import DefendedClassifier
+from tests.networks import SIZE, tiny_classifier
+from training.attacks.gradients import margin
+from training.attacks.looks import Looks
+from training.attacks.stadv import bent, stadv, unevenness
+
+IMAGES = torch.rand(4, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+STRAIGHT = F.affine_grid(torch.eye(2, 3).expand(4, 2, 3), [4, 3, SIZE, SIZE], False)
+
+
+def test_no_flow_is_the_image_and_a_flow_of_one_pixel_shifts_it() -> None:
+    torch.testing.assert_close(bent(IMAGES, STRAIGHT, torch.zeros_like(STRAIGHT)), IMAGES)
+    one_pixel = torch.zeros_like(STRAIGHT)
+    one_pixel[..., 0] = 2 / SIZE
+    torch.testing.assert_close(bent(IMAGES, STRAIGHT, one_pixel)[..., :-1], IMAGES[..., 1:], atol=1e-5, rtol=0)
+
+
+def test_a_shift_is_even_and_a_tear_is_not() -> None:
+    shift, tear = torch.full_like(STRAIGHT, 0.02), torch.zeros_like(STRAIGHT)
+    tear[:, : SIZE // 2] = 0.02
+    assert unevenness(shift).max() < 0.03  # only the term that keeps the root differentiable
+    torch.testing.assert_close(
+        unevenness(tear) - unevenness(shift), torch.full((4,), (SIZE - 1) * 0.02 * 2**0.5), atol=2e-3, rtol=0
+    )
+
+
+def test_it_raises_the_margin_by_moving_pixels_no_further_than_the_bound() -> None:
+    defended = DefendedClassifier(tiny_classifier(), [])
+    labels = defended(IMAGES).argmax(1)
+
+    moved = stadv(defended, IMAGES, labels, Looks(0, range(4)), bound=0.2, steps=20)
+
+    assert (margin(defended, moved, labels) > margin(defended, IMAGES, labels)).all()
+    assert torch.equal(moved, moved.clamp(0, 1))
+    still = stadv(defended, IMAGES, labels, Looks(0, range(4)), bound=0.0, steps=3)
+    torch.testing.assert_close(still, IMAGES)
+    # A pixel comes from within a fifth of half the side: 1.6 pixels, so never from outside a 5 x 5 window.
+    reach = F.max_pool2d(F.pad(IMAGES, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
+    assert (moved <= reach + 1e-5).all()

@@ -1,0 +1,122 @@
+"""What an attacker climbs: gradients through a defense, around it, and of what the defense itself looks at.
+
+Each function here returns a `Gradient` for `ascend`. Where the defense draws, the gradient is the mean over several
+looks (EOT, Athalye et al., 2018): gradients are averaged, then the threat takes the sign.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.aid import Aid
+from models.blur import blur
+from models.classifiers import Classifier
+from models.defense import DefendedClassifier
+from models.gradients import input_gradient
+from models.manifest import BlurSpec
+from training.attacks.looks import Looks, seen
+from training.attacks.pgd import Gradient, Model, cross_entropy
+
+Loss = Callable[[Model, Tensor, Tensor], Tensor]
+"""Model, images (N, 3, H, W) and labels (N,) to what the attacker wants to be large, (N,)."""
+
+
+def margin(model: Model, images: Tensor, labels: Tensor) -> Tensor:
+    """The best wrong logit minus the right one, (N,): positive where the image is misclassified (Carlini & Wagner)."""
+    logits = model(images).float()
+    right = logits.gather(1, labels[:, None]).squeeze(1)
+    wrong = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
+    return wrong - right
+
+
+def through(
+    defended: DefendedClassifier, labels: Tensor, looks: Looks, *, draws: int, loss: Loss = cross_entropy
+) -> Gradient:
+    """The exact gradient, backward through transform, purifier and classifier."""
+
+    def one_look(images: Tensor, seeds: list[int]) -> Tensor:
+        return input_gradient(lambda x: loss(seen(defended, seeds), x, labels), images)
+
+    return averaged(one_look, looks, draws if defended.is_random else 1)
+
+
+def around(
+    defended: DefendedClassifier, labels: Tensor, looks: Looks, *, draws: int, loss: Loss = cross_entropy
+) -> Gradient:
+    """BPDA: the real purifier forward, the identity backward, so the classifier's gradient at the purified image."""
+
+    def one_look(images: Tensor, seeds: list[int]) -> Tensor:
+        with torch.no_grad():
+            purified = defended.purify(images, seeds)
+        return input_gradient(lambda x: loss(defended.classifier, x, labels), purified)
+
+    return averaged(one_look, looks, draws if defended.is_random else 1)
+
+
+def averaged(one_look: Callable[[Tensor, list[int]], Tensor], looks: Looks, draws: int) -> Gradient:
+    """The mean of `draws` looks."""
+
+    def gradient(images: Tensor) -> Tensor:
+        return torch.stack([one_look(images, looks.next()) for _ in range(draws)]).mean(0)
+
+    return gradient
+
+
+def while_natural(classifier: Classifier, aid: Aid, labels: Tensor, *, weight: float) -> Gradient:
+    """The auxiliary-aware attack on AID: CE(f(x), y) + weight * log D(x): fool f while D sees a natural image.
+
+    AID, App. E, after Shi et al. (2021); as there, nothing is purified on the way.
+    """
+
+    def objective(images: Tensor) -> Tensor:
+        return cross_entropy(classifier, images, labels) + weight * F.logsigmoid(aid.logits(images))
+
+    return lambda images: input_gradient(objective, images)
+
+
+def while_aligned(classifier: Classifier, spec: BlurSpec, labels: Tensor, *, weight: float) -> Gradient:
+    """The defense-aware attack on ZeroPur: CE(f(x), y) - weight * (1 - cos(z(x), z(B(x)))).
+
+    An image whose embedding already agrees with that of its blurred copy leaves coarse shifting nothing to ascend.
+    After Mao et al. (2021), who leave the auxiliary loss to the defense; both arguments are differentiated.
+    """
+
+    def objective(images: Tensor) -> Tensor:
+        agreement = F.cosine_similarity(classifier.embedding(images), classifier.embedding(blur(images, spec)))
+        return cross_entropy(classifier, images, labels) - weight * (1 - agreement)
+
+    return lambda images: input_gradient(objective, images)
+
+
+def diverse(
+    gradient: Gradient, generator: torch.Generator, *, probability: float = 0.5, scale: float = 1.1
+) -> Gradient:
+    """DI2-FGSM (Xie et al., 2019): with `probability` the gradient is taken at a resized, zero-padded image.
+
+    The side is drawn between the image's own and `scale` times it, and padded to the latter; the gradient with
+    respect to the original image comes back through padding and resizing.
+    """
+
+    def transformed(images: Tensor) -> Tensor:
+        if torch.rand((), generator=generator) >= probability:
+            return images
+        side = images.shape[-1]
+        largest = round(scale * side)
+        size = int(torch.randint(side, largest + 1, (), generator=generator))
+        top, left = (int(torch.randint(0, largest - size + 1, (), generator=generator)) for _ in range(2))
+        resized = F.interpolate(images, size=(size, size), mode="nearest")
+        padded = F.pad(resized, (left, largest - size - left, top, largest - size - top))
+        return F.interpolate(padded, size=(side, side), mode="nearest")
+
+    def through_the_transform(images: Tensor) -> Tensor:
+        with torch.enable_grad():
+            images = images.detach().requires_grad_()
+            seen = transformed(images)
+        (back,) = torch.autograd.grad(seen, images, grad_outputs=gradient(seen.detach()))
+        return back
+
+    return through_the_transform
