@@ -12,6 +12,7 @@ import torch
 
 from models import BundleError, UnknownDefense
 from models.manifest import Strict
+from training.budgets import BUDGETS
 from training.config import (
     AidRecipe,
     ClassifierRecipe,
@@ -36,11 +37,18 @@ RECIPES: dict[str, type[Strict]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 2 for a recipe, a run, data or a bundle that cannot be used."""
+    """Run one command; returns the exit status.
+
+    It is 2 for a recipe, a run, data or a bundle that cannot be used, and 1 for a bundle that `--fail-below` refuses.
+    """
     options = parse(arguments)
     try:
-        recipe = read_recipe(options.recipe, RECIPES[options.command], data_source=options.data)
+        instead = {name: getattr(options, name, None) for name in ("budget", "defenses")}
+        recipe = read_recipe(options.recipe, RECIPES[options.command], data_source=options.data, **instead)
         print(recipe.model_dump_json(indent=2) if options.dry_run else run_command(recipe, options))
+    except GateError as error:
+        print(error, file=sys.stderr)
+        return 1
     except (RecipeError, RunError, DataError, BundleError, UnknownDefense) as error:
         print(error, file=sys.stderr)
         return 2
@@ -59,8 +67,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         command.add_argument("--recipe", type=Path, required=True, help="a TOML file, see training/recipes/")
         command.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
         command.set_defaults(data=None)
-        if name != "evaluate":
-            command.add_argument("--runs", type=Path, default=Path("runs"), help="where run directories are")
+        command.add_argument("--runs", type=Path, default=Path("runs"), help="where run directories are")
         if name != "export":
             command.add_argument("--data", help="a folder or hub name, instead of the recipe's data.source")
             command.add_argument("--device", type=device, default=default_device(), help="cpu, cuda or cuda:N")
@@ -68,9 +75,32 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             command.add_argument(
                 "--bundle", type=Path, default=Path("models/bundles/cifar10/1"), help="what to evaluate"
             )
+            command.add_argument("--budget", choices=list(BUDGETS), help="instead of the recipe's")
+            command.add_argument(
+                "--defense", action="append", dest="defenses", help="instead of the recipe's; repeatable"
+            )
+            command.add_argument("--keep-report", action="store_true", help="leave the bundle's report.json as it is")
+            command.add_argument(
+                "--fail-below",
+                type=share,
+                metavar="ACCURACY",
+                help="exit with 1 if a defense's worst case is lower, or not credible",
+            )
         if name == "export":
             command.add_argument("--repository", type=Path, default=Path("models/bundles"), help="where to export to")
     return parser.parse_args(arguments)
+
+
+class GateError(Exception):
+    """A bundle that is not what `--fail-below` asks for; the message has a line for every defense that is not."""
+
+
+def share(text: str) -> float:
+    """An accuracy in [0, 1]; raises ValueError, which argparse answers."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise ValueError(text)
+    return value
 
 
 def device(name: str) -> torch.device:
@@ -94,9 +124,13 @@ def run_command(recipe: Strict, options: argparse.Namespace) -> str:
 
             return str(export(recipe, options.runs, options.repository))
         case EvaluateRecipe():
-            from training.evaluate import evaluate, table
+            from training.evaluate import below, evaluate, table
 
-            return table(evaluate(recipe, options.bundle, options.device))
+            report = evaluate(recipe, options.bundle, options.device, options.runs, keep_report=options.keep_report)
+            if options.fail_below is not None and (failures := below(report, options.fail_below)):
+                print(table(report))
+                raise GateError("\n".join(failures))
+            return table(report)
         case _:
             return json.dumps(train(recipe, options.runs, options.device), indent=2)
 

@@ -21,6 +21,7 @@ from pydantic import (
 from models.classifiers import ARCHITECTURES, Classifier
 from models.manifest import AidPreset, AidSpec, AtopPreset, InpainterSpec, Strict, ZeroPurPreset
 from models.randomness import SEED_LIMIT
+from training.budgets import BUDGETS, Budget, BudgetName
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -261,21 +262,23 @@ class ExportRecipe(Strict):
 
 
 class EvaluateRecipe(Strict):
-    """`evaluate`: levels L0 (clean) and L1 (grey-box) for a bundle and its defenses."""
+    """`evaluate`: levels L0 (clean) to L6 (unseen threats) for a bundle and its defenses, into its report."""
 
     seed: Seed = 0
     data: DataRecipe
-    defenses: tuple[str, ...]
+    defenses: tuple[str, ...] = ()
+    """Which ones; none given: every defense of the bundle at its default preset."""
     eps: PositiveFloat = 8 / 255
-    clean_images: PositiveInt = 10_000
-    clean_draws: PositiveInt = 5
-    """Random draws over which the standard accuracy of a random defense is averaged."""
-    attacked_images: PositiveInt = 512
-    costly_images: PositiveInt = 512
-    """Images for the defenses that descend at test time (ZeroPur, AID), clean and attacked."""
-    pgd_steps: PositiveInt = 20
-    pgd_step_size: PositiveFloat = 2 / 255
-    batch_size: PositiveInt = 128
+    budget: BudgetName | Budget = "standard"
+    """A name (see `training/budgets.py`), or every number spelt out."""
+    batch_size: PositiveInt = 64
+    transfer_from: tuple[str, ...] = ()
+    """Bundles on disk whose classifiers' adversarial images are tried as well."""
+
+    @property
+    def effort(self) -> Budget:
+        """The budget's numbers."""
+        return BUDGETS[self.budget] if isinstance(self.budget, str) else self.budget
 
 
 def refuse_unknown_layers(classifier: Classifier, names: Sequence[str]) -> None:
@@ -289,8 +292,8 @@ def refuse_unknown_layers(classifier: Classifier, names: Sequence[str]) -> None:
 AnyRecipe = TypeVar("AnyRecipe", bound=Strict)
 
 
-def read_recipe(path: Path, kind: type[AnyRecipe], *, data_source: str | None = None) -> AnyRecipe:
-    """Read and validate a TOML recipe; `data_source` takes the place of the recipe's own `data.source`.
+def read_recipe(path: Path, kind: type[AnyRecipe], *, data_source: str | None = None, **instead: object) -> AnyRecipe:
+    """Read and validate a TOML recipe; `data_source` takes the place of `data.source`, `instead` that of fields.
 
     Raises RecipeError for a file that cannot be read, a field that is missing, unknown or out of range, and fields
     that contradict each other.
@@ -299,6 +302,7 @@ def read_recipe(path: Path, kind: type[AnyRecipe], *, data_source: str | None = 
         fields = tomllib.loads(path.read_text())
         if data_source is not None and isinstance(fields.get("data"), dict):
             fields["data"]["source"] = data_source
+        fields |= {name: value for name, value in instead.items() if value is not None}
         return kind.model_validate(fields)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"{path}: {error}") from error

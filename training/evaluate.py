@@ -1,14 +1,16 @@
-"""`evaluate`: levels L0 (clean) and L1 (grey-box) for a bundle and its defenses, into its report.json.
+"""`evaluate`: what a bundle and its defenses are worth, clean and attacked, into its report.json.
 
-Grey-box means that the attacker sees the classifier and not the defense: Foolbox attacks the classifier alone, and
-the images it finds are then given to the defended classifier. That is what the three papers report, and it flatters
-every purifier, so the report calls no grey-box number credible evidence of robustness.
+The headline is the worst case: an image counts as right only if it withstood every attack of levels L1 to L5, and the
+clean image is right too. Beside it stands the same for the bare classifier. Grey-box numbers (L1), which the papers
+report, flatter every purifier: their attacker does not know that it is there.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,125 +20,143 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models import Bundle, load_bundle, write_report
+from models.classifiers import Classifier
 from models.randomness import derive_seed, generator_for
-from training.attacks.by_foolbox import foolbox_fgsm, foolbox_pgd
+from training import credibility
+from training.attacks.gradients import through
+from training.attacks.looks import Looks
+from training.attacks.threats import assert_in_budget
 from training.config import EvaluateRecipe
 from training.data import DataError, ImageSet, in_batches, load_split
+from training.plan import GROUPS, Attack, Planner, Subject
+from training.progress import Progress
 from training.provenance import git_commit, hardware, library_versions
 
-HARMS_CLEAN = "attacked images did better than clean ones: the defense does not keep what was right"
-UNDEFENDED = "these attacks know the bare classifier, but stronger ones were not run"
-GREY_BOX_ONLY = "only grey-box attacks were run: the attacker did not know the defense"
 COST_BATCH = 32
 COST_REPEATS = 5
+HEALTH_IMAGES = 16
+COSTLY_HEALTH_IMAGES = 8
+HEALTH_STEPS = 8
 
 
-def evaluate(recipe: EvaluateRecipe, directory: Path, device: torch.device) -> dict[str, Any]:
-    """Measure a bundle by a recipe and write the report into it; returns the report.
+@dataclass(frozen=True)
+class Evaluation:
+    """A bundle, the images it is measured on, and what was found so far."""
 
-    Raises BundleError for a bundle that cannot be loaded, UnknownDefense for a defense that it does not offer, and
-    DataError for data of other classes or another size than the bundle's.
-    """
-    started = time.monotonic()
-    bundle = load_bundle(directory, device)
-    for defense in recipe.defenses:
-        bundle.manifest.resolve(defense)
-    data = load_split(recipe.data, recipe.data.test_split)
-    if data.classes != bundle.classes or tuple(data.images.shape[2:]) != bundle.input_size:
-        raise DataError(f"{recipe.data.name} has other classes or another input_size than the bundle {directory}")
-    shuffled = data.subset(torch.randperm(len(data), generator=generator_for(recipe.seed, "images")))
-    attacked = attacked_sets(bundle, head(shuffled, recipe.attacked_images), recipe)
+    recipe: EvaluateRecipe
+    bundle: Bundle
+    data: ImageSet
+    """The test images, shuffled by the recipe's seed."""
+    progress: Progress
+    transfer: Mapping[str, Classifier]
+    data_sha256: str = ""
+    """Of the test split as it is, so that two reports can tell whether they speak of the same images."""
 
-    report: dict[str, Any] = {"undefended": measure(bundle, "none", shuffled, attacked, recipe), "defenses": {}}
-    for defense in recipe.defenses:
-        report["defenses"][defense] = measure(bundle, defense, shuffled, attacked, recipe)
-    if bundle.aid is not None:
-        report["detection"] = detection(bundle, attacked, recipe)
-    report["recipe"] = {
-        "command": "python -m training evaluate --recipe FILE --bundle DIRECTORY",
-        "bundle": f"{bundle.manifest.name}@{bundle.manifest.version}",
-        **recipe.model_dump(mode="json", exclude={"data": {"source"}}),
-        "data_sha256": data.fingerprint(),
-        "data_encodings": list(data.encodings),
-        "weights_sha256": {n: h for n, h in bundle.manifest.files.items() if n.endswith(".safetensors")},
-        "git_commit": git_commit(),
-        "libraries": library_versions(),
-        "hardware": hardware(),
-        "wall_s": round(time.monotonic() - started, 1),
-    }
-    write_report(directory, report)
-    return report
+    @property
+    def device(self) -> torch.device:
+        """Where the bundle is loaded."""
+        return self.bundle.classifier.normalize.mean.device
 
+    @cached_property
+    def identity(self) -> dict[str, object]:
+        """What every finding depends on."""
+        manifest = self.bundle.manifest
+        return {
+            "weights": weights_of(self.bundle),
+            "defenses": manifest.defenses.model_dump(mode="json"),
+            "data": self.data.fingerprint(),
+            "seed": self.recipe.seed,
+            "eps": self.recipe.eps,
+            "batch_size": self.recipe.batch_size,
+        }
 
-def attacked_sets(bundle: Bundle, clean: ImageSet, recipe: EvaluateRecipe) -> dict[str, ImageSet]:
-    """The same images clean and under each grey-box attack on the classifier alone; float images in [0, 1].
+    def subjects(self) -> list[Subject]:
+        """The bare classifier, then the defenses. Raises UnknownDefense for one that the bundle does not offer."""
+        manifest = self.bundle.manifest
+        named = self.recipe.defenses or tuple(manifest.defenses.offered())
+        names = dict.fromkeys(["none", *(manifest.resolve(name) and name for name in named)])
+        return [Subject(name, self.bundle.defended(name)) for name in names]
 
-    Raises AssertionError if an attack leaves its budget.
-    """
-    device = device_of(bundle)
-    torch.manual_seed(recipe.seed)  # Foolbox draws its random start from torch's global generator
-    attacks: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "fgsm": lambda images, labels: foolbox_fgsm(bundle.classifier, images, labels, eps=recipe.eps),
-        f"pgd{recipe.pgd_steps}": lambda images, labels: foolbox_pgd(
-            bundle.classifier, images, labels, eps=recipe.eps, steps=recipe.pgd_steps, step_size=recipe.pgd_step_size
-        ),
-    }
-    sets = {}
-    for name, attack in attacks.items():
+    def planner(self) -> Planner:
+        """Who decides which attacks are run."""
+        recipe = self.recipe
+        return Planner(self.bundle.classifier, recipe.effort, recipe.eps, recipe.seed, self.transfer)
+
+    # --- one image after the other
+
+    def batches(self, count: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Numbers, images and labels of the first `count` images."""
+        chosen = head(self.data, count)
+        start = 0
+        for images, labels in in_batches(chosen, self.recipe.batch_size, self.device):
+            yield list(range(start, start + len(labels))), images, labels
+            start += len(labels)
+
+    def right(self, subject: Subject, images: Tensor, labels: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Which images the defense labels right in one look, (N,)."""
+        with torch.no_grad():
+            return (subject.defended.vote(images, seeds, 0).argmax(1) == labels).cpu()
+
+    def verdict_seeds(self, numbers: Sequence[int], what: object) -> list[int]:
+        """Randomness that no attack has seen."""
+        return [derive_seed(self.recipe.seed, "verdict", str(what), number) for number in numbers]
+
+    def withstood(self, subject: Subject, attack: Attack, bar: tqdm[Any]) -> Tensor:
+        """Which of the attack's images the defense still labels right, (attack.images,); found once, then known."""
         parts = list[Tensor]()
-        for images, labels in tqdm(list(in_batches(clean, recipe.batch_size, device)), desc=name, unit="batch"):
-            adversarial = attack(images, labels)
-            assert float((adversarial - images).abs().max()) <= recipe.eps + 1e-6, f"{name} left its budget"
-            parts.append(adversarial.cpu())
-        sets[name] = ImageSet(torch.cat(parts), clean.labels, clean.classes)
-    return {"clean": clean, **sets}
+        for numbers, images, labels in self.batches(attack.images):
+            of = {**self.identity, "defense": subject.name, **key_of(attack), "images": [numbers[0], len(numbers)]}
+            found = self.progress.find(of)
+            if found is None:
+                began = time.monotonic()
+                adversarial = self.attacked(attack, images, labels, numbers)
+                unseen = self.verdict_seeds(numbers, attack.name)
+                seeds = attack.known_seeds(numbers) if attack.known_seeds else unseen
+                right = self.right(subject, adversarial, labels, seeds)
+                found = {"right": right.int().tolist(), "wall_s": round(time.monotonic() - began, 3)}
+                self.progress.add(of, found)
+            parts.append(torch.tensor(found["right"], dtype=torch.bool))
+            bar.update(len(numbers))
+        return torch.cat(parts)
+
+    def attacked(self, attack: Attack, images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
+        """The adversarial images. Raises AssertionError if the attack leaves its budget."""
+        of = {**self.identity, **key_of(attack), "images": [numbers[0], len(numbers)]}
+        kept = self.progress.images(of) if attack.shared else None
+        if kept is not None:
+            return kept.to(self.device)
+        adversarial = attack.run(images, labels, numbers)
+        if attack.threat is not None:
+            assert_in_budget(adversarial, images, attack.threat, attack.name)
+        if attack.shared:
+            self.progress.keep_images(of, adversarial.cpu())
+        return adversarial
+
+    def clean(self, subject: Subject, count: int, draws: int) -> Tensor:
+        """Which clean images are labeled right, per draw, (draws, count)."""
+        rows = list[Tensor]()
+        for draw in range(draws):
+            parts = list[Tensor]()
+            for numbers, images, labels in self.batches(count):
+                of = {**self.identity, "defense": subject.name, "clean": draw, "images": [numbers[0], len(numbers)]}
+                found = self.progress.find(of)
+                if found is None:
+                    right = self.right(subject, images, labels, self.verdict_seeds(numbers, draw))
+                    found = {"right": right.int().tolist()}
+                    self.progress.add(of, found)
+                parts.append(torch.tensor(found["right"], dtype=torch.bool))
+            rows.append(torch.cat(parts))
+        return torch.stack(rows)
 
 
-def measure(
-    bundle: Bundle, defense: str, clean: ImageSet, attacked: Mapping[str, ImageSet], recipe: EvaluateRecipe
-) -> dict[str, Any]:
-    """One entry of the report: standard accuracy (L0), grey-box accuracies (L1) and cost."""
-    descends = any(name != "atop" for name, _ in bundle.manifest.chain(defense))
-    draws = recipe.clean_draws if bundle.defended(defense).is_random else 1
-    standard = head(clean, recipe.costly_images if descends else recipe.clean_images)
-    grey_box = {
-        name: accuracy(
-            bundle,
-            defense,
-            head(images, recipe.costly_images if descends else recipe.attacked_images),
-            recipe,
-            draws=1,
-            what=f"{defense} {name}",
-        )
-        for name, images in attacked.items()
-        if name != "clean"
-    }
-    clean_accuracy = accuracy(bundle, defense, standard, recipe, draws=draws, what=f"{defense} clean")
-    return {
-        "standard": clean_accuracy,
-        "grey_box": grey_box,
-        "adaptive": {},
-        "worst_case": None,
-        "credible": False,
-        "reasons": reasons(defended=bool(bundle.manifest.chain(defense)), standard=clean_accuracy, grey_box=grey_box),
-        "cost": round(cost(bundle, defense), 2),
-    }
+def key_of(attack: Attack) -> dict[str, object]:
+    """What an attack's findings depend on, beside the bundle and the images."""
+    return {"attack": attack.name, "settings": dict(attack.settings)}
 
 
-def reasons(*, defended: bool, standard: Mapping[str, Any], grey_box: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Why the numbers of one entry are no evidence of robustness.
-
-    One more reason is that an attack's interval lies above that of the clean images.
-    """
-    found = [GREY_BOX_ONLY if defended else UNDEFENDED]
-    if any(cell["interval"][0] > standard["interval"][1] for cell in grey_box.values()):
-        found.append(HARMS_CLEAN)
-    return found
-
-
-def device_of(bundle: Bundle) -> torch.device:
-    """Where the bundle is loaded."""
-    return bundle.classifier.normalize.mean.device
+def weights_of(bundle: Bundle) -> dict[str, str]:
+    """The sha256 of every file of weights."""
+    return {name: sha256 for name, sha256 in bundle.manifest.files.items() if name.endswith(".safetensors")}
 
 
 def head(data: ImageSet, count: int) -> ImageSet:
@@ -144,22 +164,119 @@ def head(data: ImageSet, count: int) -> ImageSet:
     return data.subset(torch.arange(min(count, len(data))))
 
 
-def accuracy(
-    bundle: Bundle, defense: str, data: ImageSet, recipe: EvaluateRecipe, *, draws: int, what: str
-) -> dict[str, Any]:
-    """The share of images labeled right, averaged over `draws` of the defense's randomness, with its interval.
+# --- one entry of the report
 
-    Every image and draw has a seed of its own. The interval is Wilson's at 95 %, for n images.
-    """
-    right = 0
-    with tqdm(total=draws * len(data), desc=what, unit="image", leave=False) as bar:
-        for draw in range(draws):
-            seeds = [derive_seed(recipe.seed, "evaluate", draw, index) for index in range(len(data))]
-            for images, labels in in_batches(data, recipe.batch_size, device_of(bundle)):
-                own, seeds = seeds[: len(labels)], seeds[len(labels) :]
-                right += int((bundle.probabilities(defense, images, seed=own).argmax(1) == labels).sum())
-                bar.update(len(labels))
-    return binomial(right / draws, len(data))
+
+@dataclass(frozen=True)
+class Entry:
+    """One defense, measured: its line in the report, and which images withstood everything."""
+
+    report: dict[str, Any]
+    survived: Tensor
+
+
+def measure(evaluation: Evaluation, subject: Subject) -> Entry:
+    """Run every attack of the plan on one defense."""
+    attacks = planned(evaluation, subject)
+    count, draws = clean_work(evaluation, subject)
+    clean = evaluation.clean(subject, count, draws)
+    right = dict[str, Tensor]()
+    for attack in attacks:
+        with tqdm(total=attack.images, desc=f"{subject.name} {attack.level} {attack.name}", unit="image") as bar:
+            right[attack.name] = evaluation.withstood(subject, attack, bar)
+
+    levels = {attack.name: attack.level for attack in attacks}
+    within = [name for name, level in levels.items() if level != "L6"]
+    compared = min(count, *(len(right[name]) for name in within))
+    survived = torch.stack([clean[0][:compared], *(right[name][:compared] for name in within)]).all(0)
+    reasons = doubts(evaluation, subject, {name: right[name] for name in within}, levels, clean[0], compared)
+    cells: dict[str, dict[str, Any]] = {group: {} for group in ("grey_box", "adaptive", "unseen")}
+    for attack in attacks:
+        settings = {"settings": dict(attack.settings)} if attack.settings else {}
+        cells[GROUPS[attack.level]][attack.name] = {
+            **binomial(float(right[attack.name].sum()), len(right[attack.name])),
+            "level": attack.level,
+            **settings,
+        }
+    report = {
+        "standard": binomial(float(clean.sum()) / draws, count),
+        **cells,
+        "worst_case": {**binomial(float(survived.sum()), compared), "over": ["clean", *within]},
+        "credible": not reasons,
+        "reasons": reasons,
+        "cost": round(cost(evaluation.bundle, subject.name), 2),
+    }
+    return Entry(report, survived)
+
+
+def planned(evaluation: Evaluation, subject: Subject) -> list[Attack]:
+    """Every attack on a defense, on no more images than there are."""
+    return [fitted(attack, len(evaluation.data)) for attack in evaluation.planner().attacks(subject)]
+
+
+def clean_work(evaluation: Evaluation, subject: Subject) -> tuple[int, int]:
+    """How many clean images a defense is asked about, and how many times each."""
+    budget = evaluation.recipe.effort
+    count = budget.costly_images if subject.descends else budget.clean_images
+    return min(count, len(evaluation.data)), budget.clean_draws if subject.defended.is_random else 1
+
+
+def fitted(attack: Attack, available: int) -> Attack:
+    """The attack on as many images as there are."""
+    return replace(attack, images=min(attack.images, available))
+
+
+def doubts(
+    evaluation: Evaluation,
+    subject: Subject,
+    right: Mapping[str, Tensor],
+    levels: Mapping[str, str],
+    clean: Tensor,
+    count: int,
+) -> list[str]:
+    """Why a robust accuracy is not to be believed; found once, then known."""
+    of = {
+        **evaluation.identity,
+        "defense": subject.name,
+        "doubts": {name: [levels[name], int(values[:count].sum())] for name, values in right.items()},
+        "count": count,
+    }
+    found = evaluation.progress.find(of)
+    if found is None:
+        _, images, labels = next(evaluation.batches(count))
+        seed = derive_seed(evaluation.recipe.seed, "health")
+        few_enough = COSTLY_HEALTH_IMAGES if subject.descends else HEALTH_IMAGES
+        correct = clean[: len(labels)].nonzero().flatten()[:few_enough].to(images.device)
+        reasons = list[str]()
+        if len(correct):
+            few = images[correct], labels[correct]
+            classes = len(evaluation.bundle.classes)
+            reasons += credibility.gradient_health(subject.defended, *few, classes=classes, seed=seed)
+            eps = evaluation.recipe.eps
+            reasons += credibility.more_steps_help(subject.defended, *few, eps=eps, seed=seed, steps=HEALTH_STEPS)
+        noise = credibility.random_start_accuracy(
+            subject.defended, images, labels, eps=evaluation.recipe.eps, seed=seed
+        )
+        reasons += credibility.order_of_attacks(right, levels, clean=clean, noise=noise, count=count)
+        found = {"reasons": reasons}
+        evaluation.progress.add(of, found)
+    reasons_found: list[str] = found["reasons"]
+    return reasons_found
+
+
+def against_static(defended: Tensor, static: Tensor) -> dict[str, Any]:
+    """The defense's worst case against the bare classifier's, on the same images: a sign test on those that differ."""
+    count = min(len(defended), len(static))
+    defended, static = defended[:count], static[:count]
+    better, worse = int((defended & ~static).sum()), int((static & ~defended).sum())
+    p_value = float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
+    return {
+        "difference": round((better - worse) / count, 4),
+        "better": better,
+        "worse": worse,
+        "n": count,
+        "p_value": round(p_value, 6),
+    }
 
 
 def binomial(right: float, n: int) -> dict[str, Any]:
@@ -168,11 +285,87 @@ def binomial(right: float, n: int) -> dict[str, Any]:
     return {"accuracy": round(right / n, 4), "interval": [round(interval.low, 4), round(interval.high, 4)], "n": n}
 
 
-def detection(bundle: Bundle, attacked: Mapping[str, ImageSet], recipe: EvaluateRecipe) -> dict[str, Any]:
+def cost(bundle: Bundle, defense: str) -> float:
+    """Time of defended over undefended inference for a batch of 32, the best of five runs of each, in turn."""
+    device = bundle.classifier.normalize.mean.device
+    images = torch.rand(COST_BATCH, 3, *bundle.input_size, generator=generator_for(0, "cost")).to(device)
+    best = {"none": float("inf"), defense: float("inf")}
+    for _ in range(COST_REPEATS):
+        for name in best:
+            began = time.perf_counter()
+            bundle.probabilities(name, images, seed=0).cpu()
+            best[name] = min(best[name], time.perf_counter() - began)
+    return best[defense] / best["none"]
+
+
+# --- before it starts
+
+
+def forecast(evaluation: Evaluation, subjects: Sequence[Subject]) -> str:
+    """What every level of every defense will cost, in minutes on this machine, as a table; from a few timed passes.
+
+    What an earlier run found is counted too: it will come at once.
+    """
+    levels = ["L0", *GROUPS]
+    lines = [f"{'minutes, about':<18}" + "".join(f"{level:>8}" for level in levels) + f"{'all':>8}"]
+    total = 0.0
+    bare = unit_times(evaluation, subjects[0]).gradient
+    for subject in subjects:
+        times, seconds = unit_times(evaluation, subject), dict.fromkeys(levels, 0.0)
+        count, draws = clean_work(evaluation, subject)
+        seconds["L0"] = count * draws * times.answer
+        for attack in planned(evaluation, subject):
+            work = attack.work
+            own = 0.0 if attack.shared and subject.purifiers else work.bare * bare
+            own += work.looks * times.gradient + work.answers * times.answer
+            seconds[attack.level] += attack.images * own
+        total += sum(seconds.values())
+        cells = [*seconds.values(), sum(seconds.values())]
+        lines.append(f"{subject.name:<18}" + "".join(f"{value / 60:>8.1f}" for value in cells))
+    return "\n".join([*lines, f"In all about {total / 60:.0f} minutes."])
+
+
+@dataclass(frozen=True)
+class UnitTimes:
+    """Seconds per image."""
+
+    answer: float
+    gradient: float
+
+
+def unit_times(evaluation: Evaluation, subject: Subject) -> UnitTimes:
+    """One answer and one gradient of a defense, per image of a batch as large as its attacks will see."""
+    size = min(evaluation.recipe.batch_size, evaluation.planner().effort(subject).images, len(evaluation.data))
+    _, images, labels = next(evaluation.batches(size))
+    looks = Looks(0, range(size))
+
+    def timed(run: Callable[[], object]) -> float:
+        began = time.perf_counter()
+        run()
+        return (time.perf_counter() - began) / size
+
+    answer = timed(lambda: evaluation.right(subject, images, labels, looks.next()))
+    climbed = through(subject.defended, labels, looks, draws=1)
+    return UnitTimes(answer, timed(lambda: climbed(images)))
+
+
+# --- detection
+
+
+def detection(evaluation: Evaluation) -> dict[str, Any]:
     """How well the AID score tells clean images from attacked ones: AUROC, and rates at the bundle's threshold."""
+    bundle = evaluation.bundle
     threshold = bundle.manifest.aid_threshold
     assert threshold is not None
-    scores = {name: aid_scores(bundle, data, recipe) for name, data in attacked.items()}
+    grey_box = evaluation.planner().grey_box(Subject("none", bundle.defended("none")))
+    scores: dict[str, Tensor] = {}
+    for attack in (None, *(fitted(attack, len(evaluation.data)) for attack in grey_box)):
+        count = evaluation.recipe.effort.grey_box_images if attack is None else attack.images
+        parts = list[Tensor]()
+        for numbers, images, labels in evaluation.batches(count):
+            seen = images if attack is None else evaluation.attacked(attack, images, labels, numbers)
+            parts.append(bundle.aid_score(seen).cpu())
+        scores["clean" if attack is None else attack.name] = torch.cat(parts)
     clean = scores.pop("clean")
     return {
         "threshold": threshold,
@@ -187,12 +380,6 @@ def detection(bundle: Bundle, attacked: Mapping[str, ImageSet], recipe: Evaluate
     }
 
 
-def aid_scores(bundle: Bundle, data: ImageSet, recipe: EvaluateRecipe) -> Tensor:
-    """The AID score of every image, (N,)."""
-    batches = in_batches(data, recipe.batch_size, device_of(bundle))
-    return torch.cat([bundle.aid_score(images).cpu() for images, _ in batches])
-
-
 def auroc(natural: Tensor, adversarial: Tensor) -> float:
     """The probability that a natural image scores above an adversarial one (Mann-Whitney U over both counts)."""
     # In float32 the sum of ranks would lose its last digits, and would be no number that JSON knows.
@@ -200,34 +387,111 @@ def auroc(natural: Tensor, adversarial: Tensor) -> float:
     return statistic / (len(natural) * len(adversarial))
 
 
-def cost(bundle: Bundle, defense: str) -> float:
-    """Time of defended over undefended inference for a batch of 32, the best of five runs of each, in turn."""
-    device = device_of(bundle)
-    images = torch.rand(COST_BATCH, 3, *bundle.input_size, generator=generator_for(0, "cost")).to(device)
-    best = {"none": float("inf"), defense: float("inf")}
-    for _ in range(COST_REPEATS):
-        for name in best:
-            began = time.perf_counter()
-            bundle.probabilities(name, images, seed=0).cpu()
-            best[name] = min(best[name], time.perf_counter() - began)
-    return best[defense] / best["none"]
+# --- the whole
+
+
+def evaluate(
+    recipe: EvaluateRecipe, directory: Path, device: torch.device, runs: Path, *, keep_report: bool = False
+) -> dict[str, Any]:
+    """Measure a bundle by a recipe and write the report into it, unless `keep_report`; returns the report.
+
+    What was found is kept under `<runs>/evaluations/`, and is not measured again.
+
+    Raises BundleError for a bundle that cannot be loaded, UnknownDefense for a defense that it does not offer, and
+    DataError for data of other classes or another size than the bundle's.
+    """
+    started = time.monotonic()
+    evaluation = prepare(recipe, directory, device, runs)
+    subjects = evaluation.subjects()
+    print(forecast(evaluation, subjects), flush=True)
+    entries = {subject.name: measure(evaluation, subject) for subject in subjects}
+    static = entries.pop("none")
+    report: dict[str, Any] = {
+        "undefended": static.report,
+        "defenses": {
+            name: {**entry.report, "against_static": against_static(entry.survived, static.survived)}
+            for name, entry in entries.items()
+        },
+    }
+    if evaluation.bundle.aid is not None:
+        report["detection"] = detection(evaluation)
+    manifest = evaluation.bundle.manifest
+    report["recipe"] = {
+        "command": "python -m training evaluate --recipe FILE --bundle DIRECTORY",
+        "bundle": f"{manifest.name}@{manifest.version}",
+        **recipe.model_dump(mode="json", exclude={"data": {"source"}, "transfer_from": True}),
+        "budget": recipe.effort.model_dump(mode="json"),
+        "budget_name": recipe.budget if isinstance(recipe.budget, str) else None,
+        "transfer_from": sorted(evaluation.transfer),
+        "data_sha256": evaluation.data_sha256,
+        "data_encodings": list(evaluation.data.encodings),
+        "weights_sha256": weights_of(evaluation.bundle),
+        "git_commit": git_commit(),
+        "libraries": library_versions(),
+        "hardware": hardware(),
+        "wall_s": round(time.monotonic() - started, 1),
+    }
+    if not keep_report:
+        write_report(directory, report)
+    return report
+
+
+def prepare(recipe: EvaluateRecipe, directory: Path, device: torch.device, runs: Path) -> Evaluation:
+    """Load everything and refuse what does not fit, before anything is measured."""
+    bundle = load_bundle(directory, device)
+    for defense in recipe.defenses:
+        bundle.manifest.resolve(defense)
+    loaded = [load_bundle(path, device) for path in recipe.transfer_from]
+    others = {f"{other.manifest.name}@{other.manifest.version}": other for other in loaded}
+    data = load_split(recipe.data, recipe.data.test_split)
+    for other in (bundle, *others.values()):
+        if data.classes != other.classes or tuple(data.images.shape[2:]) != other.input_size:
+            name = f"{other.manifest.name}@{other.manifest.version}"
+            raise DataError(f"{recipe.data.name} has other classes or another input_size than the bundle {name}")
+    shuffled = data.subset(torch.randperm(len(data), generator=generator_for(recipe.seed, "images")))
+    manifest = bundle.manifest
+    progress = Progress(runs / "evaluations" / f"{manifest.name}-{manifest.version}")
+    transfer = {name: other.classifier for name, other in others.items()}
+    return Evaluation(recipe, bundle, shuffled, progress, transfer, data.fingerprint())
+
+
+def below(report: Mapping[str, Any], wanted: float) -> list[str]:
+    """A line for every defense whose worst case is below `wanted`, or is not credible."""
+    lines = list[str]()
+    for name, row in report["defenses"].items():
+        accuracy = row["worst_case"]["accuracy"]
+        if accuracy < wanted:
+            lines.append(f"{name}: the worst case is {accuracy:.4f}, below {wanted:g}")
+        if not row["credible"]:
+            lines.append(f"{name}: not credible: {'; '.join(row['reasons'])}")
+    return lines
 
 
 def table(report: Mapping[str, Any]) -> str:
     """The report as the table that is printed on the terminal."""
     rows = [("undefended", report["undefended"]), *report["defenses"].items()]
     attacks = list(report["undefended"]["grey_box"])
-    lines = [f"{'defense':<18}" + "".join(f"{name:>26}" for name in ["standard", *attacks]) + f"{'cost':>9}"]
+    names = ["standard", *attacks, "worst case"]
+    lines = [f"{'defense':<18}" + "".join(f"{name:>26}" for name in names) + f"{'cost':>9}  credible"]
     for name, row in rows:
-        cells = [row["standard"], *(row["grey_box"][attack] for attack in attacks)]
-        lines.append(f"{name:<18}" + "".join(f"{_cell(cell):>26}" for cell in cells) + f"{row['cost']:>8.1f}x")
+        cells = [row["standard"], *(row["grey_box"].get(attack) for attack in attacks), row["worst_case"]]
+        credible = "yes" if row["credible"] else "NO"
+        lines.append(f"{name:<18}" + "".join(f"{_cell(c):>26}" for c in cells) + f"{row['cost']:>8.1f}x  {credible}")
+    lines.append("")
+    for name, row in rows:
+        adaptive = sorted(row["adaptive"].items(), key=lambda item: item[1]["accuracy"])
+        found = (f"{attack} {100 * cell['accuracy']:.1f}" for attack, cell in adaptive)
+        lines.append(f"{name}: {', '.join(found)}")
+        lines += [f"  not credible: {reason}" for reason in row["reasons"]]
     if "detection" in report:
-        found = (f"{name} {values['auroc']:.4f}" for name, values in report["detection"]["attacks"].items())
-        lines.append(f"AID score, AUROC clean against attacked: {', '.join(found)}")
-    lines.append(f"Grey-box accuracy is no evidence of robustness: {GREY_BOX_ONLY}.")
+        scores = (f"{name} {values['auroc']:.4f}" for name, values in report["detection"]["attacks"].items())
+        lines.append(f"AID score, AUROC clean against attacked: {', '.join(scores)}")
+    lines.append("Grey-box accuracies are no evidence of robustness: their attacker does not know the defense.")
     return "\n".join(lines)
 
 
-def _cell(cell: Mapping[str, Any]) -> str:
+def _cell(cell: Mapping[str, Any] | None) -> str:
+    if cell is None:
+        return "-"
     low, high = cell["interval"]
     return f"{100 * cell['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f}, {cell['n']})"

@@ -2,41 +2,51 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from models import Bundle, Manifest, load_bundle
 from models.classifiers import Classifier
 from models.manifest import ClassifierSpec, Defenses
 from models.randomness import derive_seed
-from tests.fakes import color_classifier, linear_problem, smooth_classifier
+from tests.fakes import color_classifier, linear_classifier, linear_problem, smooth_classifier
 from tests.training.tiny import CLASSES, RECIPES, SIDE, Workshop, color_set
+from training.__main__ import main
+from training.attacks import by_foolbox
+from training.attacks.looks import Looks
+from training.budgets import BUDGETS, BudgetName
 from training.config import EvaluateRecipe
 from training.data import ImageSet
 from training.evaluate import (
-    GREY_BOX_ONLY,
-    HARMS_CLEAN,
-    UNDEFENDED,
-    accuracy,
-    aid_scores,
-    attacked_sets,
+    Entry,
+    Evaluation,
+    against_static,
     auroc,
+    below,
     binomial,
     cost,
     detection,
+    forecast,
     head,
     measure,
-    reasons,
     table,
 )
+from training.plan import Planner, Subject
+from training.progress import Progress
 
 
 def recipe_with(**changes: Any) -> EvaluateRecipe:
-    return EvaluateRecipe.model_validate({**RECIPES["evaluate"], **changes})
+    """The tiny recipe; `budget` changes are those of its parts."""
+    budget = {**RECIPES["evaluate"]["budget"], **changes.pop("budget", {})}
+    return EvaluateRecipe.model_validate({**RECIPES["evaluate"], "budget": budget, **changes})
 
 
 def bundle_of(classifier: Classifier, classes: tuple[str, ...] = CLASSES, side: int = SIDE) -> Bundle:
@@ -53,6 +63,14 @@ def bundle_of(classifier: Classifier, classes: tuple[str, ...] = CLASSES, side: 
     return Bundle(manifest, classifier)
 
 
+def evaluation_of(bundle: Bundle, data: ImageSet, folder: Path, **changes: Any) -> Evaluation:
+    return Evaluation(recipe_with(**changes), bundle, data, Progress(folder), {})
+
+
+def entry_of(evaluation: Evaluation, defense: str = "none") -> Entry:
+    return measure(evaluation, Subject(defense, evaluation.bundle.defended(defense)))
+
+
 def report_of(workshop: Workshop) -> dict[str, Any]:
     report: dict[str, Any] = json.loads((workshop.bundle / "report.json").read_text())
     return report
@@ -61,27 +79,25 @@ def report_of(workshop: Workshop) -> dict[str, Any]:
 # Numbers
 
 
-def test_the_accuracy_of_a_classifier_with_known_answers_is_right() -> None:
+def test_the_accuracy_of_a_classifier_with_known_answers_is_right(tmp_path: Path) -> None:
     data = color_set(20)
     labels = torch.cat([data.labels[:13], (data.labels[13:] + 1) % 3])
     known = ImageSet(data.images, labels, CLASSES)
-    found = accuracy(bundle_of(color_classifier()), "none", known, recipe_with(), draws=1, what="known")
+    found = entry_of(evaluation_of(bundle_of(color_classifier()), known, tmp_path)).report["standard"]
     assert (found["accuracy"], found["n"]) == (0.65, 20)
 
 
-def test_the_accuracy_of_a_random_defense_is_the_mean_over_its_draws(finished: Workshop) -> None:
+def test_the_accuracy_of_a_random_defense_is_the_mean_over_its_draws(finished: Workshop, tmp_path: Path) -> None:
     bundle, data = load_bundle(finished.bundle), color_set(12, seed=3)
-    recipe = recipe_with(batch_size=5)
+    evaluation = evaluation_of(bundle, data, tmp_path)
 
-    def right(draw: int) -> int:
-        seeds = [derive_seed(recipe.seed, "evaluate", draw, index) for index in range(12)]
-        images = data.images.float() / 255
-        return int((bundle.probabilities("atop", images, seed=seeds).argmax(1) == data.labels).sum())
+    clean = evaluation.clean(Subject("atop", bundle.defended("atop")), 12, 3)
 
-    found = accuracy(bundle, "atop", data, recipe, draws=3, what="random")
-
-    assert found["accuracy"] == round(sum(right(draw) for draw in range(3)) / 36, 4)
-    assert found["n"] == 12
+    assert clean.shape == (3, 12)
+    for draw in range(3):
+        seeds = [derive_seed(evaluation.recipe.seed, "verdict", str(draw), index) for index in range(12)]
+        answers = bundle.probabilities("atop", data.images.float() / 255, seed=seeds).argmax(1)
+        assert torch.equal(clean[draw], answers == data.labels)
 
 
 @pytest.mark.parametrize(("right", "n"), [(73, 100), (0, 10), (10, 10), (359, 512)])
@@ -121,63 +137,196 @@ def test_the_cost_is_a_multiple_of_undefended_inference(finished: Workshop) -> N
 
 
 @pytest.mark.parametrize(("share", "robust"), [(0.9, 1.0), (1.1, 0.0)])
-def test_grey_box_accuracy_breaks_down_where_the_margin_ends(share: float, robust: float) -> None:
-    problem = linear_problem(count=10, side=SIDE)
-    bundle = bundle_of(problem.classifier, ("no", "yes"))
-    clean = ImageSet(problem.images, problem.labels, ("no", "yes"))
+def test_every_accuracy_breaks_down_where_the_margin_ends(share: float, robust: float, tmp_path: Path) -> None:
+    problem = linear_problem(count=12, side=SIDE)
+    state = problem.classifier.state_dict()
+    weight, bias = state["stages.head.weight"] / 5, state["stages.head.bias"] / 5
+    classifier = linear_classifier(  # a third class that nothing reaches, for the losses that want one
+        torch.cat([weight, torch.zeros_like(weight[:1])]), torch.cat([bias, torch.tensor([-1e3])])
+    )
     eps = share * problem.margin
-    recipe = recipe_with(eps=eps, pgd_steps=30, pgd_step_size=eps / 10)
+    effort = {**RECIPES["evaluate"]["budget"]["one_pass"], "images": 12, "full_steps": 12, "apgd_steps": 12}
+    budget = {"grey_box_steps": 30, "grey_box_step_size": eps / 10, "one_pass": effort}
+    data = ImageSet(problem.images, problem.labels, ("no", "yes", "never"))
+    evaluation = evaluation_of(bundle_of(classifier, data.classes), data, tmp_path, eps=eps, budget=budget)
 
-    found = measure(bundle, "none", clean, attacked_sets(bundle, clean, recipe), recipe)
+    found = entry_of(evaluation).report
 
     assert found["standard"]["accuracy"] == 1
-    assert found["grey_box"]["fgsm"]["accuracy"] == robust
-    assert found["grey_box"]["pgd30"]["accuracy"] == robust
-    assert not found["credible"]
-    assert found["reasons"] == [UNDEFENDED]
+    for name in ("fgsm", "pgd30"):
+        assert found["grey_box"][name]["accuracy"] == robust
+    for name in ("full", "apgd_ce", "apgd_dlr"):
+        assert found["adaptive"][name]["accuracy"] == robust
+    assert found["worst_case"]["accuracy"] == robust
+    assert found["credible"], found["reasons"]
 
 
-def test_attacked_sets_are_the_same_images_within_the_budget_and_repeat() -> None:
-    bundle, clean = bundle_of(smooth_classifier()), color_set(10)
-    sets = attacked_sets(bundle, clean, recipe_with(eps=0.1))
-    assert sets.keys() == {"clean", "fgsm", "pgd3"}
-    for name in ("fgsm", "pgd3"):
-        distance = (sets[name].images - clean.images.float() / 255).abs()
-        assert 0.05 < distance.max() <= 0.1 + 1e-6
-        assert torch.equal(sets[name].labels, clean.labels)
-    again = attacked_sets(bundle, clean, recipe_with(eps=0.1))
-    other = attacked_sets(bundle, clean, recipe_with(eps=0.1, seed=8))
-    assert torch.equal(sets["pgd3"].images, again["pgd3"].images)
-    assert not torch.equal(sets["pgd3"].images, other["pgd3"].images)
-
-
-def test_an_attack_that_leaves_its_budget_is_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.evaluate.foolbox_fgsm", lambda _, images, labels, eps: images + 2 * eps)
-    with pytest.raises(AssertionError, match="fgsm left its budget"):
-        attacked_sets(bundle_of(smooth_classifier()), color_set(4), recipe_with())
-
-
-def test_detection_counts_what_scores_below_the_threshold(finished: Workshop) -> None:
+def test_the_worst_case_is_what_withstood_every_attack_and_no_attack(finished: Workshop, tmp_path: Path) -> None:
     bundle = load_bundle(finished.bundle)
-    clean, attacked = color_set(10), color_set(10, seed=4)
-    threshold = bundle.manifest.aid_threshold
-    natural, adversarial = (aid_scores(bundle, data, recipe_with()) for data in (clean, attacked))
-    assert threshold is not None
+    evaluation = evaluation_of(bundle, color_set(20, seed=2), tmp_path, eps=0.15)
+    subject = Subject("atop", bundle.defended("atop"))
 
-    found = detection(bundle, {"clean": clean, "pgd": attacked}, recipe_with())
+    entry = measure(evaluation, subject)
+
+    attacks = evaluation.planner().attacks(subject)
+    bar = tqdm(disable=True)
+    survived = evaluation.clean(subject, 20, 1)[0][:6]
+    for attack in attacks:
+        survived &= evaluation.withstood(subject, attack, bar)[:6]
+    assert torch.equal(entry.survived, survived)
+    worst = entry.report["worst_case"]
+    assert worst["n"] == 6
+    assert worst["accuracy"] == pytest.approx(float(survived.float().mean()), abs=1e-4)
+    assert worst["over"] == ["clean", *(attack.name for attack in attacks)]
+
+
+def test_an_attack_that_leaves_its_budget_is_not_reported(tmp_path: Path) -> None:
+    evaluation = evaluation_of(bundle_of(smooth_classifier()), color_set(4), tmp_path)
+    (fgsm, *_) = evaluation.planner().grey_box(Subject("none", evaluation.bundle.defended("none")))
+    far = replace(fgsm, run=lambda images, labels, numbers: (images + 0.1).clamp(0, 1))
+    with pytest.raises(AssertionError, match="fgsm left its budget"):
+        evaluation.attacked(far, torch.rand(2, 3, SIDE, SIDE), torch.tensor([0, 1]), [0, 1])
+
+
+def test_the_verdict_uses_randomness_that_no_attack_has_seen(finished: Workshop, tmp_path: Path) -> None:
+    bundle = load_bundle(finished.bundle)
+    evaluation = evaluation_of(bundle, color_set(20), tmp_path)
+    seen = set[int]()
+    for name in ("bpda", "full", "fixed_look"):
+        looks = Looks(derive_seed(evaluation.recipe.seed, "attack", name), range(20))
+        seen |= {seed for _ in range(10) for seed in looks.next()}
+    verdicts = {seed for what in ("bpda", "full", 0, 1) for seed in evaluation.verdict_seeds(range(20), what)}
+    assert len(verdicts) == 80
+    assert not seen & verdicts
+
+
+def test_what_was_found_is_not_measured_again(
+    finished: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, data = load_bundle(finished.bundle), color_set(20, seed=2)
+    first = entry_of(evaluation_of(bundle, data, tmp_path), "aid")
+
+    def never(*arguments: object, **named: object) -> Tensor:
+        raise RuntimeError("it ran again")
+
+    for module in ("by_autoattack.apgd", "by_autoattack.square", "by_foolbox.foolbox_pgd", "gradients.through"):
+        monkeypatch.setattr(f"training.plan.{module}", never)
+    again = entry_of(evaluation_of(bundle, data, tmp_path), "aid")
+
+    del first.report["cost"], again.report["cost"]  # a time
+    assert again.report == first.report
+    with pytest.raises(RuntimeError, match="it ran again"):
+        entry_of(evaluation_of(bundle, data, tmp_path, seed=5), "aid")
+
+
+def test_images_that_attack_the_classifier_are_made_once_for_all_defenses(
+    finished: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = load_bundle(finished.bundle)
+    evaluation = evaluation_of(bundle, color_set(20), tmp_path)
+    calls = list[int]()
+    fgsm = by_foolbox.foolbox_fgsm
+
+    def counted(classifier: Classifier, images: Tensor, labels: Tensor, *, eps: float) -> Tensor:
+        calls.append(len(images))
+        return fgsm(classifier, images, labels, eps=eps)
+
+    monkeypatch.setattr("training.plan.by_foolbox.foolbox_fgsm", counted)
+    for defense in ("none", "atop", "atop:rt3"):
+        subject = Subject(defense, bundle.defended(defense))
+        evaluation.withstood(subject, evaluation.planner().grey_box(subject)[0], tqdm(disable=True))
+    assert calls == [4, 4, 2]
+
+
+def test_detection_counts_what_scores_below_the_threshold(finished: Workshop, tmp_path: Path) -> None:
+    bundle, data = load_bundle(finished.bundle), color_set(10)
+    evaluation = evaluation_of(bundle, data, tmp_path)
+    threshold = bundle.manifest.aid_threshold
+    assert threshold is not None
+    scores = torch.cat([bundle.aid_score(images) for _, images, _ in evaluation.batches(10)])
+
+    found = detection(evaluation)
 
     assert found["threshold"] == threshold
-    assert found["false_positive_rate"]["accuracy"] == int((natural < threshold).sum()) / 10
-    assert found["attacks"]["pgd"]["detected"]["n"] == 10
-    pairs = (natural[:, None] > adversarial[None, :]).float().mean().item()
-    assert found["attacks"]["pgd"]["auroc"] == pytest.approx(pairs, abs=1e-4)
+    assert found["false_positive_rate"]["accuracy"] == int((scores < threshold).sum()) / 10
+    assert found["attacks"].keys() == {"fgsm", "pgd3"}
+    assert found["attacks"]["fgsm"]["detected"]["n"] == 10
+    assert 0 <= found["attacks"]["fgsm"]["auroc"] <= 1
+
+
+# Which attacks
+
+
+def names(bundle: Bundle, defense: str, **changes: Any) -> dict[str, set[str]]:
+    recipe = recipe_with(**changes)
+    planner = Planner(bundle.classifier, recipe.effort, recipe.eps, recipe.seed, {"other@1": bundle.classifier})
+    attacks = planner.attacks(Subject(defense, bundle.defended(defense)))
+    assert len({attack.name for attack in attacks}) == len(attacks)
+    return {level: {a.name for a in attacks if a.level == level} for level in ("L1", "L2", "L3", "L4", "L5", "L6")}
+
+
+def test_every_kind_of_defense_meets_the_attacks_that_are_made_for_it(finished: Workshop) -> None:
+    bundle = load_bundle(finished.bundle)
+    usual = {"L1": {"fgsm", "pgd3"}, "L3": {"full", "apgd_ce", "apgd_dlr"}, "L5": {"square", "transfer_other@1"}}
+    assert names(bundle, "none") == {**usual, "L2": set(), "L4": set(), "L6": set()}
+    assert names(bundle, "atop") == {**usual, "L2": {"bpda"}, "L4": {"fixed_look"}, "L6": set()}
+    assert names(bundle, "aid") == {**usual, "L2": {"bpda"}, "L4": {"aware_1", "iterates", "smooth_steps"}, "L6": set()}
+    assert names(bundle, "zeropur") == names(bundle, "aid")
+    assert names(bundle, "atop,aid")["L4"] == {"fixed_look", "aware_1"}
+
+
+def test_unseen_threats_stay_out_of_the_worst_case(finished: Workshop, tmp_path: Path) -> None:
+    bundle = load_bundle(finished.bundle)
+    effort = {**RECIPES["evaluate"]["budget"]["one_pass"], "images": 3, "unseen": True}
+    evaluation = evaluation_of(bundle, color_set(8), tmp_path, budget={"one_pass": effort})
+
+    report = entry_of(evaluation, "atop").report
+
+    assert report["unseen"].keys() == {"l2", "eps_times_0.5", "eps_times_2", "known_seed", "stadv", "di2"}
+    assert not set(report["unseen"]) & set(report["worst_case"]["over"])
+    assert "known_seed" not in names(bundle, "none", budget={"one_pass": effort})["L6"]  # there is none to know
+
+
+@pytest.mark.parametrize("name", list(BUDGETS))
+def test_the_budgets_run_every_level_that_the_headline_is_over(name: BudgetName, finished: Workshop) -> None:
+    bundle = load_bundle(finished.bundle)
+    for defense in ("atop", "aid", "zeropur"):
+        recipe = EvaluateRecipe.model_validate({**RECIPES["evaluate"], "budget": name})
+        planner = Planner(bundle.classifier, recipe.effort, recipe.eps, recipe.seed, {})
+        levels = {attack.level for attack in planner.attacks(Subject(defense, bundle.defended(defense)))}
+        # Of purifiers that add signs in a ball, BPDA is the exact gradient: there L3 is L2.
+        assert levels >= {"L1", "L3", "L4", "L5"} | ({"L2"} if defense == "atop" else set())
+
+
+# The headline
+
+
+def test_a_sign_test_compares_a_defense_with_its_static_model() -> None:
+    defended, static = torch.zeros(100, dtype=torch.bool), torch.zeros(100, dtype=torch.bool)
+    defended[:50], static[40:60] = True, True
+    found = against_static(defended, static)
+    assert found == {"difference": 0.3, "better": 40, "worse": 10, "n": 100, "p_value": found["p_value"]}
+    assert found["p_value"] == pytest.approx(2 * sum(math.comb(50, k) for k in range(11)) / 2**50, abs=1e-6)
+    assert against_static(static, static)["p_value"] == 1.0
+
+
+def test_a_gate_names_every_defense_that_is_too_weak_or_not_credible() -> None:
+    strong = {"worst_case": binomial(50, 100), "credible": True, "reasons": []}
+    doubted = {**strong, "credible": False, "reasons": ["its gradient is zero"]}
+    report = {"defenses": {"a": strong, "b": doubted}}
+    assert below(report, 0.5) == ["b: not credible: its gradient is zero"]
+    assert below(report, 0.6)[:2] == [
+        "a: the worst case is 0.5000, below 0.6",
+        "b: the worst case is 0.5000, below 0.6",
+    ]
+    assert below({"defenses": {"a": strong}}, 0.5) == []
 
 
 # The whole
 
 
 def assert_measured(cell: dict[str, Any], n: int) -> None:
-    assert cell.keys() == {"accuracy", "interval", "n"}
+    assert {"accuracy", "interval", "n"} <= cell.keys()
     assert cell["n"] == n
     low, high = cell["interval"]
     assert 0 <= low <= cell["accuracy"] <= high <= 1
@@ -193,25 +342,34 @@ def test_the_report_has_the_shape_of_the_contract(finished: Workshop) -> None:
         assert entry["grey_box"].keys() == {"fgsm", "pgd3"}
         for cell in entry["grey_box"].values():
             assert_measured(cell, 6 if costly else 10)
-        assert entry["adaptive"] == {}  # not measured: no number, rather than a number that says nothing
-        assert entry["worst_case"] is None
-        assert entry["credible"] is False
-        assert entry["reasons"]
+        for cell in (*entry["adaptive"].values(), entry["worst_case"]):
+            assert_measured(cell, 4 if costly else 6)
+        assert entry["worst_case"]["accuracy"] <= min(cell["accuracy"] for cell in entry["adaptive"].values())
+        assert entry["credible"] is (not entry["reasons"])
         assert entry["cost"] > 0
+        assert ("against_static" in entry) == (name != "none")
 
 
-def test_a_defense_that_is_better_under_attack_than_without_is_called_so() -> None:
-    low, high = binomial(20, 100), binomial(60, 100)
-    assert reasons(defended=True, standard=low, grey_box={"fgsm": low, "pgd": high}) == [GREY_BOX_ONLY, HARMS_CLEAN]
-    assert reasons(defended=True, standard=high, grey_box={"fgsm": low, "pgd": high}) == [GREY_BOX_ONLY]
-    assert reasons(defended=False, standard=high, grey_box={"pgd": low}) == [UNDEFENDED]
+def test_the_forecast_has_every_defense_and_level_and_a_sum(finished: Workshop, tmp_path: Path) -> None:
+    evaluation = evaluation_of(load_bundle(finished.bundle), color_set(20), tmp_path)
+    lines = forecast(evaluation, evaluation.subjects()).splitlines()
+    assert lines[0].split()[-8:] == ["L0", "L1", "L2", "L3", "L4", "L5", "L6", "all"]
+    assert [line.split()[0] for line in lines[1:-1]] == ["none", "atop", "atop:rt3", "aid", "zeropur"]
+    assert len({len(line) for line in lines[:-1]}) == 1
+    assert lines[-1].startswith("In all about ")
+
+
+def test_without_names_every_defense_of_the_bundle_is_measured(finished: Workshop, tmp_path: Path) -> None:
+    evaluation = evaluation_of(load_bundle(finished.bundle), color_set(20), tmp_path, defenses=())
+    assert [subject.name for subject in evaluation.subjects()] == ["none", "atop", "aid", "zeropur"]
 
 
 def test_the_report_says_how_to_get_it_again(finished: Workshop) -> None:
     recipe = report_of(finished)["recipe"]
     assert recipe["bundle"] == "colors@1"
     assert recipe["eps"] == 8 / 255
-    assert recipe["pgd_step_size"] == 2 / 255
+    assert recipe["budget"]["grey_box_step_size"] == 2 / 255
+    assert recipe["budget_name"] is None
     assert recipe["data_sha256"] == color_set(24, seed=1).fingerprint()
     assert recipe["data_encodings"] == ["PNG"]
     weights = (finished.bundle / "classifier.safetensors").read_bytes()
@@ -244,13 +402,33 @@ def test_the_same_seed_gives_the_same_numbers_in_a_table(
         del report["recipe"]["wall_s"]
         del report["recipe"]["git_commit"]  # somebody may commit meanwhile
     assert before == after
-    lines = printed.splitlines()
+    start = printed.index("defense ")
+    lines = printed[start:].splitlines()
     assert [line.split()[0] for line in lines[:6]] == ["defense", "undefended", "atop", "atop:rt3", "aid", "zeropur"]
-    assert lines[0].split() == ["defense", "standard", "fgsm", "pgd3", "cost"]
+    assert lines[0].split() == ["defense", "standard", "fgsm", "pgd3", "worst", "case", "cost", "credible"]
     assert f"{100 * after['undefended']['standard']['accuracy']:.1f} (" in lines[1]
-    assert "AUROC" in lines[6]
-    assert "no evidence of robustness" in lines[7]
-    assert len({len(line) for line in lines[:6]}) == 1  # the columns stand below one another
+    assert "In all about" in printed[:start]  # the forecast comes first
+    assert any(line.startswith("atop:rt3: ") and "bpda" in line for line in lines)
+    assert "AUROC" in lines[-2]
+    assert "no evidence of robustness" in lines[-1]
+
+
+def test_a_gate_ends_with_1_and_a_kept_report_stays(
+    finished: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Workshop(tmp_path)
+    shutil.copytree(finished.folder / "data", tmp_path / "data")
+    shutil.copytree(finished.bundle, copy.bundle)
+    before = (copy.bundle / "report.json").read_bytes()
+    gate = ["--fail-below", "1", "--keep-report", "--defense", "aid"]
+
+    assert main([*copy.arguments("evaluate"), *gate]) == 1
+
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1].startswith("aid: ")
+    assert "atop" not in said.err
+    assert "worst case" in said.out
+    assert (copy.bundle / "report.json").read_bytes() == before
 
 
 def test_a_table_without_detection_has_no_line_for_it(finished: Workshop) -> None:

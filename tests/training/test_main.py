@@ -64,7 +64,9 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
         ["train"],
         ["train-aid"],
         ["export", "--recipe", "r.toml", "--data", "elsewhere"],  # it would change nothing
-        ["evaluate", "--recipe", "r.toml", "--runs", "elsewhere"],
+        ["train-aid", "--recipe", "r.toml", "--budget", "quick"],
+        ["evaluate", "--recipe", "r.toml", "--budget", "lavish"],
+        ["evaluate", "--recipe", "r.toml", "--fail-below", "38"],  # a share, not a percentage
     ],
 )
 def test_a_line_that_cannot_be_meant_is_refused(line: list[str]) -> None:

@@ -65,6 +65,16 @@ PURIFIER = {
     "inpainter": INPAINTER,
     "transform": TRANSFORM,
 }
+EFFORT = {
+    "bpda_steps": 2,
+    "bpda_draws": 2,
+    "full_steps": 2,
+    "full_draws": 2,
+    "apgd_steps": 3,
+    "apgd_draws": 1,
+    "square_queries": 3,
+    "aware_steps": 2,
+}
 RECIPES: dict[str, dict[str, Any]] = {
     "train-classifier": {
         "name": "classifier",
@@ -122,12 +132,16 @@ RECIPES: dict[str, dict[str, Any]] = {
     "evaluate": {
         "data": DATA,
         "defenses": ["atop", "atop:rt3", "aid", "zeropur"],
-        "clean_images": 20,
-        "clean_draws": 2,
-        "attacked_images": 10,
-        "costly_images": 6,
-        "pgd_steps": 3,
-        "batch_size": 8,
+        "batch_size": 4,
+        "budget": {
+            "clean_images": 20,
+            "clean_draws": 2,
+            "grey_box_images": 10,
+            "costly_images": 6,
+            "grey_box_steps": 3,
+            "one_pass": {**EFFORT, "images": 6},
+            "descending": {**EFFORT, "images": 4, "iterate_steps": 1, "smooth_steps": 1},
+        },
     },
 }
 
@@ -164,9 +178,7 @@ class Workshop:
         fields = {**RECIPES[command], **(changes or {})}
         given = {field: value for field, value in fields.items() if value is not None}
         recipe = write_recipe(self.folder / f"{command}.toml", given)
-        line = [command, "--recipe", str(recipe)]
-        if command != "evaluate":
-            line += ["--runs", str(self.runs)]
+        line = [command, "--recipe", str(recipe), "--runs", str(self.runs)]
         if command != "export":
             line += ["--data", str(self.folder / "data"), "--device", "cpu"]
         if command == "evaluate":

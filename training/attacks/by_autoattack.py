@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from pyautoattack import AutoAttack
@@ -13,6 +16,39 @@ from torch import Tensor, nn
 from training.attacks.threats import L2, Linf
 
 NORMS = {Linf: "Linf", L2: "L2"}
+
+
+class _PlainLayout(torch.autograd.Function):
+    """The identity, whose gradient lies in memory as the attacks assume: channel by channel."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor) -> Tensor:
+        return images.view_as(images)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.contiguous()
+
+
+class _Attacked(nn.Module):
+    """The model as the attacks see it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        plain: Tensor = _PlainLayout.apply(images)  # type: ignore[no-untyped-call]
+        logits: Tensor = self.model(plain)
+        return logits
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without AutoAttack's warnings about the model: `training.credibility` looks at the same signs, and more."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*flags_doc")
+        yield
 
 
 def autoattack(
@@ -28,11 +64,12 @@ def autoattack(
     if classes < 3:
         raise ValueError("AutoAttack's targeted loss needs three classes or more")
     attack = AutoAttack(
-        model, norm=NORMS[type(threat)], eps=threat.eps, seed=seed, version="standard", device=images.device
+        _Attacked(model), norm=NORMS[type(threat)], eps=threat.eps, seed=seed, version="standard", device=images.device
     )
     attack.verbose = False
     attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, classes - 1)
-    adversarial: Tensor = attack.run_standard_evaluation(images, labels, batch_size=batch_size)[0]
+    with _quiet():
+        adversarial: Tensor = attack.run_standard_evaluation(images.contiguous(), labels, batch_size=batch_size)[0]
     return adversarial
 
 
@@ -53,7 +90,7 @@ def apgd(
     if a single call misclassified it: a verdict of its own, that we leave to ours.
     """
     attack = APGDAttack(
-        model,
+        _Attacked(model),
         n_iter=steps,
         n_restarts=1,
         norm=NORMS[type(threat)],
@@ -65,14 +102,15 @@ def apgd(
         device=images.device,
     )
     torch.manual_seed(seed)  # with `best_loss` it does not seed its random start itself
-    adversarial: Tensor = attack.perturb(images, labels, best_loss=True)
+    with _quiet():
+        adversarial: Tensor = attack.perturb(images.contiguous(), labels, best_loss=True)
     return adversarial
 
 
 def square(model: nn.Module, images: Tensor, labels: Tensor, threat: Linf | L2, *, queries: int, seed: int) -> Tensor:
     """Square: random search with at most `queries` calls an image, no gradient. One that withstands stays as it was."""
     attack = SquareAttack(
-        model,
+        _Attacked(model),
         norm=NORMS[type(threat)],
         eps=threat.eps,
         n_queries=queries,
@@ -83,5 +121,5 @@ def square(model: nn.Module, images: Tensor, labels: Tensor, threat: Linf | L2, 
         device=images.device,
     )
     with torch.no_grad():
-        adversarial: Tensor = attack.perturb(images, labels)
+        adversarial: Tensor = attack.perturb(images.contiguous(), labels)
     return adversarial

@@ -51,11 +51,18 @@ def iterates(
             return made
         return step(*inputs)
 
+    if not can_be_unrolled(purifier):
+        raise ValueError("a ZeroPur preset with a random start or a perceptual term cannot be unrolled")
     if isinstance(purifier, AidPurifier):
         return _aid(purifier, images, sign, run)
-    if purifier.preset.random_start or purifier.preset.perceptual_weight:
-        raise ValueError("a ZeroPur preset with a random start or a perceptual term cannot be unrolled")
     return _zeropur(purifier, images, sign, run)
+
+
+def can_be_unrolled(purifier: Descending) -> bool:
+    """Whether `iterates` knows every step of the purifier."""
+    if isinstance(purifier, AidPurifier):
+        return True
+    return not (purifier.preset.random_start or purifier.preset.perceptual_weight)
 
 
 Run = Callable[..., Tensor]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from models.classifiers import Classifier
 from tests.fakes import linear_classifier, linear_problem, smooth_classifier
+from tests.networks import tiny_classifier
 from training.attacks.by_autoattack import apgd, autoattack, square
 from training.attacks.pgd import cross_entropy, pgd_linf
 from training.attacks.threats import L2, Linf, assert_in_budget
@@ -86,3 +87,13 @@ def test_two_classes_are_refused() -> None:
     problem = linear_problem()
     with pytest.raises(ValueError, match="three classes"):
         autoattack(problem.classifier, problem.images, problem.labels, Linf(0.1), seed=0)
+
+
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+def test_a_network_in_another_memory_layout_is_attacked_alike(attack: partial[Tensor]) -> None:
+    images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    moved = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        classifier = tiny_classifier().to(memory_format=layout)  # type: ignore[call-overload]
+        moved.append(attack(classifier, images.to(memory_format=layout), classifier(images).argmax(1), Linf(0.1)))
+    assert (moved[0] - moved[1]).abs().gt(1e-3).float().mean() < 0.02  # a sign turns where a gradient is nearly zero

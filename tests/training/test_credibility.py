@@ -1,0 +1,189 @@
+"""Healthy defenses have nothing said against them; broken ones are found out, each by what is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.classifiers import Classifier
+from models.defense import DefendedClassifier
+from models.randomness import normal
+from tests.networks import SIZE, tiny_bundle, tiny_classifier
+from training.credibility import gradient_health, more_steps_help, order_of_attacks, random_start_accuracy
+
+IMAGES = 0.3 + 0.4 * torch.rand(12, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def sensitive(classifier: Classifier) -> Classifier:
+    """The classifier with a head that tells these images apart, and that an attack can turn."""
+    head = classifier.stages["head"]
+    assert isinstance(head, nn.Linear)
+    with torch.no_grad():
+        head.weight *= 30
+        head.bias.copy_(-head.weight @ classifier.embedding(IMAGES).mean(0))
+    return classifier
+
+
+def classifier_of() -> Classifier:
+    return sensitive(tiny_classifier())
+
+
+def labels_of(defended: DefendedClassifier) -> Tensor:
+    """What the defense says, so that it is right on every image."""
+    with torch.no_grad():
+        return defended.vote(IMAGES, range(12), 0).argmax(1)
+
+
+def said_of(defended: DefendedClassifier) -> str:
+    labels = labels_of(defended)
+    found = gradient_health(defended, IMAGES, labels, classes=4, seed=0)
+    found += more_steps_help(defended, IMAGES, labels, eps=0.05, seed=0, steps=8)
+    return "; ".join(found)
+
+
+class Purifier(nn.Module):
+    is_random = False
+
+    def forward(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        raise NotImplementedError
+
+
+class Rounding(Purifier):
+    """Its gradient is zero everywhere."""
+
+    def forward(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        return (images * 7).round() / 7
+
+
+class HalfDetached(Purifier):
+    """A third of the gradient is missing."""
+
+    def forward(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        return torch.cat([images[:, :1].detach(), images[:, 1:]], dim=1)
+
+
+class RandomWhenJudged(Purifier):
+    is_random = True
+
+    def forward(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        if torch.is_grad_enabled():
+            return images
+        return images + 0.1 * normal(seeds, images.shape[1:], images.device)
+
+
+class Unseeded(Purifier):
+    is_random = True
+
+    def forward(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        return images + 0.1 * torch.randn_like(images)
+
+
+class WrongWay(torch.autograd.Function):
+    """Forward the identity, backward its negative."""
+
+    @staticmethod
+    def forward(ctx: object, images: Tensor) -> Tensor:
+        return images.clone()
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return -gradient
+
+
+class Misleading(Purifier):
+    def forward(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        moved: Tensor = WrongWay.apply(images)  # type: ignore[no-untyped-call]
+        return moved
+
+
+class ClippedLogits(nn.Module):
+    def forward(self, logits: Tensor) -> Tensor:
+        return (1e3 * (logits - logits.mean(1, keepdim=True))).clamp(-1, 1)
+
+
+def clipped() -> DefendedClassifier:
+    whole = classifier_of()
+    stages = dict(whole.stages.items())
+    stages["head"] = nn.Sequential(stages["head"], ClippedLogits())
+    return DefendedClassifier(Classifier(stages).eval().requires_grad_(False), [])
+
+
+@pytest.mark.parametrize("defense", ["none", "atop:rt1", "atop:rt2", "atop:rt3", "aid", "zeropur", "atop,aid"])
+def test_nothing_is_said_against_the_gradients_of_our_defenses(defense: str) -> None:
+    bundle = tiny_bundle()
+    sensitive(bundle.classifier)
+    assert said_of(bundle.defended(defense)) == ""
+
+
+@pytest.mark.parametrize(
+    ("purifier", "reason"),
+    [
+        (Rounding(), "100% of the input gradients are exactly zero"),
+        (HalfDetached(), "33% of the input gradients are exactly zero"),
+        (RandomWhenJudged(), "it is random while it is judged and not while it is attacked"),
+        (RandomWhenJudged(), "it answers differently while it is attacked and while it is judged"),
+        (Unseeded(), "it has randomness that no seed fixes"),
+        (Misleading(), "the loss rises along the gradient for 0% of the images only"),
+    ],
+)
+def test_a_broken_defense_is_found_out(purifier: Purifier, reason: str) -> None:
+    assert reason in said_of(DefendedClassifier(classifier_of(), [purifier]))
+
+
+def test_clipped_logits_are_found_out() -> None:
+    assert "input gradients are exactly zero" in said_of(clipped())
+
+
+def test_an_attack_without_bounds_must_win() -> None:
+    assert "an attack without bounds leaves" in said_of(DefendedClassifier(classifier_of(), [Misleading()]))
+
+
+# What stronger and weaker attackers found
+
+
+def withstood(count: int, of: int = 100) -> Tensor:
+    return torch.arange(of) < count
+
+
+LEVELS = {"pgd20": "L1", "bpda": "L2", "full": "L3", "square": "L5", "transfer": "L5"}
+HEALTHY = {"pgd20": withstood(70), "bpda": withstood(40), "full": withstood(35), "square": withstood(60)}
+
+
+def said_of_order(right: dict[str, Tensor], clean: int = 90, noise: float = 0.85) -> list[str]:
+    return order_of_attacks(right, LEVELS, clean=withstood(clean), noise=noise, count=100)
+
+
+def test_the_usual_order_is_no_reason_to_doubt() -> None:
+    assert said_of_order(HEALTHY) == []
+    assert said_of_order({**HEALTHY, "square": withstood(30)}) == []  # chance explains it
+
+
+@pytest.mark.parametrize("weaker", ["pgd20", "square", "transfer"])
+def test_an_attacker_who_knows_less_must_not_win_more(weaker: str) -> None:
+    (reason,) = said_of_order({**HEALTHY, weaker: withstood(10)})
+    assert reason == f"{weaker}, which does not know the defense, leaves 10% right, all that do 35%"
+
+
+def test_noise_and_clean_images_must_not_be_harder_than_attacks() -> None:
+    assert "random noise leaves 10% right" in said_of_order(HEALTHY, noise=0.1)[0]
+    assert "attacked images do better (35%) than clean ones (15%)" in said_of_order(HEALTHY, clean=15)[0]
+
+
+def test_without_an_attack_that_knows_the_defense_there_is_no_evidence() -> None:
+    assert said_of_order({"pgd20": withstood(70)}) == ["no attack that knows the defense was run"]
+
+
+def test_noise_is_as_large_as_the_budget() -> None:
+    seen = list[Tensor]()
+
+    class Watching(Purifier):
+        def forward(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+            seen.append(images)
+            return images
+
+    defended = DefendedClassifier(classifier_of(), [Watching()])
+    assert random_start_accuracy(defended, IMAGES, labels_of(defended), eps=0.1, seed=0) <= 1
+    torch.testing.assert_close((seen[-1] - IMAGES).abs(), torch.full_like(IMAGES, 0.1))

@@ -1,0 +1,153 @@
+"""How much work `evaluate` puts into each level: from minutes on two cores to what the literature asks for."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+
+from models.manifest import Strict
+
+BudgetName = Literal["quick", "standard", "paper"]
+
+
+class Effort(Strict):
+    """What the attacks on one kind of defense may spend. Every count of steps is per image; 0 leaves an attack out."""
+
+    images: PositiveInt
+    """Attacked by every adaptive attack, so that each has a worst case."""
+    bpda_steps: NonNegativeInt
+    bpda_draws: PositiveInt
+    full_steps: NonNegativeInt
+    full_draws: PositiveInt
+    apgd_steps: NonNegativeInt
+    apgd_draws: PositiveInt
+    square_queries: NonNegativeInt
+    aware_steps: NonNegativeInt
+    aware_weights: tuple[PositiveFloat, ...] = (1.0,)
+    """How much fooling what the defense looks at counts beside fooling the classifier."""
+    iterate_steps: NonNegativeInt = 0
+    smooth_steps: NonNegativeInt = 0
+    unseen: bool = False
+    """Whether level L6 is run: another norm, larger and smaller budgets, moved pixels, a known seed."""
+
+
+class Budget(Strict):
+    """One budget. The attacked images are the first of the shuffled test images, for every defense."""
+
+    clean_images: PositiveInt
+    clean_draws: PositiveInt
+    """Random draws over which the standard accuracy of a random defense is averaged."""
+    grey_box_images: PositiveInt
+    costly_images: PositiveInt
+    """Images for the defenses that descend at test time (AID, ZeroPur), clean and grey-box."""
+    grey_box_steps: PositiveInt = 20
+    grey_box_step_size: PositiveFloat = 2 / 255
+    autoattack_images: NonNegativeInt = 0
+    """How many of them AutoAttack `standard` attacks, on the classifier alone."""
+    one_pass: Effort
+    """For the bare classifier and for defenses that purify in one pass (AToP)."""
+    descending: Effort
+    """For defenses that descend at test time, each answer of which costs a hundred passes."""
+
+
+BUDGETS: dict[BudgetName, Budget] = {
+    "quick": Budget(
+        clean_images=512,
+        clean_draws=1,
+        grey_box_images=256,
+        costly_images=64,
+        one_pass=Effort(
+            images=64,
+            bpda_steps=10,
+            bpda_draws=4,
+            full_steps=20,
+            full_draws=4,
+            apgd_steps=20,
+            apgd_draws=4,
+            square_queries=150,
+            aware_steps=10,
+        ),
+        descending=Effort(
+            images=16,
+            bpda_steps=0,
+            bpda_draws=1,
+            full_steps=10,
+            full_draws=1,
+            apgd_steps=10,
+            apgd_draws=1,
+            square_queries=10,
+            aware_steps=20,
+            iterate_steps=5,
+            smooth_steps=3,
+        ),
+    ),
+    "standard": Budget(
+        clean_images=10_000,
+        clean_draws=5,
+        grey_box_images=2000,
+        costly_images=512,
+        autoattack_images=512,
+        one_pass=Effort(
+            images=512,
+            bpda_steps=50,
+            bpda_draws=15,
+            full_steps=50,
+            full_draws=10,
+            apgd_steps=50,
+            apgd_draws=10,
+            square_queries=1000,
+            aware_steps=50,
+            unseen=True,
+        ),
+        descending=Effort(
+            images=64,
+            bpda_steps=0,
+            bpda_draws=1,
+            full_steps=20,
+            full_draws=1,
+            apgd_steps=20,
+            apgd_draws=1,
+            square_queries=50,
+            aware_steps=50,
+            aware_weights=(0.1, 1.0, 10.0),
+            iterate_steps=20,
+            smooth_steps=10,
+            unseen=True,
+        ),
+    ),
+    "paper": Budget(
+        clean_images=10_000,
+        clean_draws=5,
+        grey_box_images=10_000,
+        costly_images=512,
+        autoattack_images=512,
+        one_pass=Effort(
+            images=512,
+            bpda_steps=100,
+            bpda_draws=20,
+            full_steps=200,
+            full_draws=20,
+            apgd_steps=100,
+            apgd_draws=20,
+            square_queries=5000,
+            aware_steps=100,
+            unseen=True,
+        ),
+        descending=Effort(
+            images=512,
+            bpda_steps=50,
+            bpda_draws=15,
+            full_steps=200,
+            full_draws=20,
+            apgd_steps=100,
+            apgd_draws=20,
+            square_queries=5000,
+            aware_steps=100,
+            aware_weights=(0.01, 0.1, 1.0, 10.0, 100.0),
+            iterate_steps=100,
+            smooth_steps=100,
+            unseen=True,
+        ),
+    ),
+}

@@ -1,0 +1,162 @@
+"""Reasons not to believe a robust accuracy: what a defense does when its gradient is no help.
+
+After Athalye et al. (2018), Carlini et al. (2019) and Tramer et al. (2020): a defense that only hides its gradient
+looks robust to every attack that follows it. Each check returns one sentence per failure, none where all is well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from scipy.stats import binomtest
+from torch import Tensor
+
+from models.defense import DefendedClassifier
+from models.randomness import generator_for
+from training.attacks.gradients import through
+from training.attacks.looks import Looks, seen
+from training.attacks.pgd import ascend, cross_entropy
+from training.attacks.threats import Linf
+
+ZERO_SHARE = 0.01
+"""Of input gradients that may be exactly zero, among the values that no clip to [0, 1] comes near."""
+FREE = (0.1, 0.9)
+RISING_SHARE = 0.95
+"""Of images whose loss must rise along their gradient."""
+SMALL_STEP = 1e-3
+LARGE_EPS_ACCURACY = 0.1
+"""An unbounded attack may leave at most this share right, or the share of the likeliest guess if that is more."""
+LARGE_STEPS = 10
+DRAWS = 4
+
+
+def gradient_health(
+    defended: DefendedClassifier, images: Tensor, labels: Tensor, *, classes: int, seed: int
+) -> list[str]:
+    """Look at the gradient itself, on a few images (N, 3, H, W) that the defense labels right."""
+    found = repeatability(defended, images, seed)
+    gradient = through(defended, labels, Looks(seed, range(len(images))), draws=DRAWS)
+    slope = gradient(images)
+    free = (images > FREE[0]) & (images < FREE[1])
+    zeros = float((slope[free] == 0).float().mean()) if free.any() else 0.0
+    if not bool(slope.isfinite().all()):
+        return [*found, "the gradient is not finite"]
+    if zeros > ZERO_SHARE:
+        found.append(f"{zeros:.0%} of the input gradients are exactly zero")
+    rising = share_rising(defended, images, labels, slope, seed)
+    if rising < RISING_SHARE:
+        found.append(f"the loss rises along the gradient for {rising:.0%} of the images only")
+    left = unbounded_accuracy(defended, images, labels, seed)
+    allowed = max(LARGE_EPS_ACCURACY, 1 / classes)
+    if binomtest(round(left * len(images)), len(images)).proportion_ci(0.95).low > allowed:
+        found.append(f"an attack without bounds leaves {left:.0%} right: it does not reach the defense")
+    return found
+
+
+def repeatability(defended: DefendedClassifier, images: Tensor, seed: int) -> list[str]:
+    """The same seeds must give the same logits, watched or not; different seeds different ones, watched or not."""
+    one, other = Looks(seed, range(len(images))).next(), Looks(seed + 1, range(len(images))).next()
+    with torch.no_grad():
+        judged, again, judged_other = (defended.vote(images, seeds, 0) for seeds in (one, one, other))
+    with torch.enable_grad():
+        watched = images.detach().requires_grad_()
+        attacked, attacked_other = (defended.vote(watched, seeds, 0).detach() for seeds in (one, other))
+    tolerance = 1e-3 * max(1.0, float(judged.abs().max()))
+    found = list[str]()
+    if not torch.allclose(judged, again, atol=tolerance):
+        found.append("the same seed gives different answers: it has randomness that no seed fixes")
+    elif not torch.allclose(judged, attacked, atol=tolerance):
+        found.append("it answers differently while it is attacked and while it is judged")
+    varies = [not torch.allclose(a, b, atol=1e-6) for a, b in ((judged, judged_other), (attacked, attacked_other))]
+    if varies[0] != varies[1]:
+        found.append("it is random while it is judged and not while it is attacked, or the other way round")
+    return found
+
+
+def share_rising(defended: DefendedClassifier, images: Tensor, labels: Tensor, slope: Tensor, seed: int) -> float:
+    """The share of images whose loss is larger a small step up its gradient; the same looks before and after."""
+    looks = Looks(seed, range(len(images)))
+    differences = []
+    moved = images + SMALL_STEP * slope / slope.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-30)
+    with torch.no_grad():
+        for _ in range(DRAWS if defended.is_random else 1):
+            model = seen(defended, looks.next())
+            differences.append(cross_entropy(model, moved, labels) - cross_entropy(model, images, labels))
+    return float((torch.stack(differences).mean(0) > 0).float().mean())
+
+
+def unbounded_accuracy(defended: DefendedClassifier, images: Tensor, labels: Tensor, seed: int) -> float:
+    """Accuracy under PGD with eps = 1, which may make any image of any."""
+    gradient = through(defended, labels, Looks(seed, range(len(images))), draws=1)
+    moved = ascend(gradient, images, images, Linf(1.0), steps=LARGE_STEPS, step_size=0.2)
+    verdict = Looks(seed + 1, range(len(images))).next()
+    with torch.no_grad():
+        return float((defended.vote(moved, verdict, 0).argmax(1) == labels).float().mean())
+
+
+def random_start_accuracy(
+    defended: DefendedClassifier, images: Tensor, labels: Tensor, *, eps: float, seed: int
+) -> float:
+    """Accuracy on images that differ by plus or minus eps at random: no attack may do worse than that."""
+    signs = torch.randint(0, 2, images.shape, generator=generator_for(seed, "signs")).to(images.device)
+    noisy = (images + eps * (2 * signs - 1)).clamp(0, 1)
+    with torch.no_grad():
+        verdict = Looks(seed, range(len(images))).next()
+        return float((defended.vote(noisy, verdict, 0).argmax(1) == labels).float().mean())
+
+
+def order_of_attacks(
+    right: Mapping[str, Tensor], levels: Mapping[str, str], *, clean: Tensor, noise: float, count: int
+) -> list[str]:
+    """Stronger attackers must not do worse. `right` has, per attack, which of the first `count` images withstood it.
+
+    `clean` is the same without an attack and `noise` the accuracy under random noise. What is compared are intervals at
+    95 %, so that a difference that chance explains is none.
+    """
+
+    def accuracy(names: list[str]) -> float:
+        return float(torch.stack([right[name][:count] for name in names]).all(0).float().mean()) if names else 1.0
+
+    white_box = [name for name in right if levels[name] in ("L2", "L3", "L4")]
+    if not white_box:
+        return ["no attack that knows the defense was run"]
+    best, found = accuracy(white_box), list[str]()
+    weaker = {name: accuracy([name]) for name in right if levels[name] in ("L1", "L5")}
+    for name, left in weaker.items():
+        if _surely_less(left, best, count):
+            found.append(f"{name}, which does not know the defense, leaves {left:.0%} right, all that do {best:.0%}")
+    if _surely_less(noise, best, count):
+        found.append(f"random noise leaves {noise:.0%} right, the attacks that know the defense {best:.0%}")
+    untouched = float(clean[:count].float().mean())
+    if _surely_less(untouched, best, count):
+        found.append(f"attacked images do better ({best:.0%}) than clean ones ({untouched:.0%})")
+    return found
+
+
+def _surely_less(one: float, other: float, count: int) -> bool:
+    """Whether `one` of `count` is less than `other`, beyond chance."""
+    below = binomtest(round(one * count), count).proportion_ci(0.95, method="wilson").high
+    above = binomtest(round(other * count), count).proportion_ci(0.95, method="wilson").low
+    return bool(below < above)
+
+
+def more_steps_help(
+    defended: DefendedClassifier, images: Tensor, labels: Tensor, *, eps: float, seed: int, steps: int
+) -> list[str]:
+    """The loss that the full-gradient attack reaches must not fall when it may take four times as many steps."""
+
+    def loss(steps: int) -> Tensor:
+        gradient = through(defended, labels, Looks(seed, range(len(images))), draws=1)
+        moved = ascend(gradient, images, images, Linf(eps), steps=steps, step_size=2 * eps / steps)
+        with torch.no_grad():
+            looks = Looks(seed + 1, range(len(images)))
+            draws = DRAWS if defended.is_random else 1
+            seen_losses = [cross_entropy(seen(defended, looks.next()), moved, labels) for _ in range(draws)]
+        return torch.stack(seen_losses).mean(0)
+
+    few, many = loss(max(1, steps // 4)), loss(steps)
+    worse = int((many < few).sum())
+    if binomtest(worse, len(images), 0.5, alternative="greater").pvalue < 0.01:
+        return [f"with four times the steps the attack reaches a lower loss on {worse} of {len(images)} images"]
+    return []

@@ -1,0 +1,387 @@
+"""Which attacks a defense is put through, by level.
+
+| level | the attacker | attacks |
+|---|---|---|
+| L1 | knows the classifier, not the defense | FGSM and PGD by Foolbox, AutoAttack `standard` |
+| L2 | goes around the purifier | BPDA with EOT |
+| L3 | goes through everything | PGD with EOT on the exact gradient; Auto-PGD with EOT on two losses |
+| L4 | knows what the defense looks at | see `_purifier_specific` |
+| L5 | has no gradient, or another network's | Square; transfer from other classifiers |
+| L6 | does something the defense was not made for | l2, other budgets, moved pixels, a known seed |
+
+Levels L1 to L5 share one threat model, so the worst of them, image by image, is the headline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from models.aid import AidPurifier
+from models.atop import AtopPurifier
+from models.classifiers import Classifier
+from models.defense import DefendedClassifier
+from models.randomness import derive_seed, generator_for
+from models.zeropur import ZeroPurPurifier
+from training.attacks import by_autoattack, by_foolbox, gradients, unrolled
+from training.attacks.looks import Looks, Oracle, SameLook
+from training.attacks.pgd import Gradient, ascend
+from training.attacks.stadv import stadv
+from training.attacks.threats import L2, Linf, Threat
+from training.budgets import Budget, Effort
+
+RELATIVE_STEP = 0.007 / (8 / 255)
+"""Step of our attacks as a share of their budget: that of Lee & Kim (2023) at 8/255."""
+AUTOATTACK_PASSES = 1000
+"""A guess: an image that withstands it takes some 4,000, one that does not a hundred."""
+SMOOTH_PASSES = 5
+"""A gradient through unrolled steps costs about as much as so many purifications."""
+OTHER_BUDGETS = (0.5, 2.0)
+L2_EPS = 0.5
+STADV_STEPS = 50
+TRANSFER_STEPS = 40
+DI2_STEPS = 10
+SHARPNESS = 3.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an attack costs per image, for the estimate: passes through the bare classifier, or the whole defense."""
+
+    bare: float = 0
+    """Gradients of the classifier alone."""
+    looks: float = 0
+    """Gradients through the defense."""
+    answers: float = 1
+    """Answers of the defense, the verdict among them."""
+
+
+Level = Literal["L1", "L2", "L3", "L4", "L5", "L6"]
+GROUPS: Mapping[Level, str] = {
+    "L1": "grey_box",
+    "L2": "adaptive",
+    "L3": "adaptive",
+    "L4": "adaptive",
+    "L5": "adaptive",
+    "L6": "unseen",
+}
+"""Where the report puts a level's attacks."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A defense under attack: how the report calls it, and the classifier with the chain in front of it."""
+
+    name: str
+    defended: DefendedClassifier
+
+    @property
+    def purifiers(self) -> list[nn.Module]:
+        """The chain, left to right."""
+        return list(self.defended.chain)
+
+    @property
+    def descends(self) -> bool:
+        """Whether an answer takes gradients, which makes it a hundred times as costly."""
+        return any(isinstance(purifier, AidPurifier | ZeroPurPurifier) for purifier in self.purifiers)
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One attack as it is run on a batch."""
+
+    name: str
+    level: Level
+    settings: Mapping[str, object]
+    """All that decides its result, beside images, labels, seed and defense."""
+    images: int
+    """How many of the shuffled test images it attacks."""
+    run: Callable[[Tensor, Tensor, Sequence[int]], Tensor]
+    """Images (N, 3, H, W), labels (N,) and the images' numbers to adversarial images."""
+    threat: Threat | None
+    """What it must keep to; None for one that has no ball."""
+    work: Work
+    shared: bool = False
+    """Whether it attacks the classifier alone, so that every defense is given the same images."""
+    known_seeds: Callable[[Sequence[int]], list[int]] | None = None
+    """The randomness of the verdict, where the attacker chose it; else nobody has seen it."""
+
+
+Gradients = Callable[[Tensor, Looks], Gradient]
+"""Labels and looks to what `ascend` climbs."""
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Everything that attacks on one bundle share."""
+
+    classifier: Classifier
+    budget: Budget
+    eps: float
+    seed: int
+    transfer: Mapping[str, Classifier]
+    """Other classifiers, whose adversarial images are tried here too."""
+
+    def effort(self, subject: Subject) -> Effort:
+        """What the attacks on this defense may spend."""
+        return self.budget.descending if subject.descends else self.budget.one_pass
+
+    def grey_box(self, subject: Subject) -> list[Attack]:
+        """L1: attacks on the classifier alone."""
+        budget, threat = self.budget, Linf(self.eps)
+        count = budget.costly_images if subject.descends else budget.grey_box_images
+        steps, step_size = budget.grey_box_steps, budget.grey_box_step_size
+
+        def fgsm(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
+            return by_foolbox.foolbox_fgsm(self.classifier, images, labels, eps=self.eps)
+
+        def pgd(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
+            torch.manual_seed(derive_seed(self.seed, "foolbox", numbers[0]))
+            return by_foolbox.foolbox_pgd(
+                self.classifier, images, labels, eps=self.eps, steps=steps, step_size=step_size
+            )
+
+        def autoattack(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
+            return by_autoattack.autoattack(self.classifier, images, labels, threat, seed=self.seed)
+
+        found = [
+            Attack("fgsm", "L1", {}, count, fgsm, threat, Work(bare=1), shared=True),
+            Attack(f"pgd{steps}", "L1", {"step_size": step_size}, count, pgd, threat, Work(bare=steps), shared=True),
+        ]
+        if budget.autoattack_images:
+            whole = min(count, budget.autoattack_images)
+            work = Work(bare=AUTOATTACK_PASSES)
+            found.append(
+                Attack("autoattack", "L1", {"version": "standard"}, whole, autoattack, threat, work, shared=True)
+            )
+        return found
+
+    def adaptive(self, subject: Subject) -> list[Attack]:
+        """L2 to L5: attacks on the defense."""
+        effort, defended = self.effort(subject), subject.defended
+        found = list[Attack]()
+        if subject.purifiers:
+            found += self.climbs(
+                "bpda",
+                "L2",
+                effort,
+                effort.bpda_steps,
+                lambda labels, looks: gradients.around(defended, labels, looks, draws=effort.bpda_draws),
+                Work(bare=1, answers=1),
+                draws=self.draws(subject, effort.bpda_draws),
+            )
+        found += self.climbs(
+            "full",
+            "L3",
+            effort,
+            effort.full_steps,
+            lambda labels, looks: gradients.through(defended, labels, looks, draws=effort.full_draws),
+            Work(looks=1),
+            draws=self.draws(subject, effort.full_draws),
+        )
+        found += [self.apgd(subject, "ce"), self.apgd(subject, "dlr")] if effort.apgd_steps else []
+        found += self.purifier_specific(subject)
+        found += [self.square(subject)] if effort.square_queries else []
+        found += [self.transferred(name, classifier, effort) for name, classifier in self.transfer.items()]
+        return found
+
+    def draws(self, subject: Subject, wanted: int) -> int:
+        """How many looks a gradient takes the mean of; one where nothing is drawn."""
+        return wanted if subject.defended.is_random else 1
+
+    def climbs(
+        self,
+        name: str,
+        level: Level,
+        effort: Effort,
+        steps: int,
+        gradient: Gradients,
+        look: Work,
+        *,
+        threat: Threat | None = None,
+        looks: type[Looks] = Looks,
+        draws: int = 1,
+        **settings: object,
+    ) -> list[Attack]:
+        """Projected ascent from the image itself; nothing for no steps. `look` is the work of one gradient."""
+        threat = threat or Linf(self.eps)
+        step_size = RELATIVE_STEP * threat.eps
+
+        def seen(numbers: Sequence[int]) -> Looks:
+            return looks(derive_seed(self.seed, "attack", name), numbers)
+
+        def run(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
+            climbed = gradient(labels, seen(numbers))
+            return ascend(climbed, images, images, threat, steps=steps, step_size=step_size)
+
+        times = steps * draws
+        known = {"steps": steps, "step_size": step_size, "eps": threat.eps, "draws": draws, **settings}
+        work = Work(look.bare * times, look.looks * times, 1 + (look.answers * times if not look.looks else 0))
+        attack = Attack(name, level, known, effort.images, run, threat, work)
+        return [attack] if steps else []
+
+    def apgd(self, subject: Subject, loss: Literal["ce", "dlr"]) -> Attack:
+        """Auto-PGD on the whole defense, the two attacks of AutoAttack `rand`."""
+        effort, threat = self.effort(subject), Linf(self.eps)
+        draws = self.draws(subject, effort.apgd_draws)
+
+        def run(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
+            seed = derive_seed(self.seed, "apgd", loss, numbers[0])
+            oracle = Oracle(subject.defended, seed)
+            steps = effort.apgd_steps
+            return by_autoattack.apgd(
+                oracle, images, labels, threat, loss=loss, steps=steps, draws=draws, seed=seed % 2**31
+            )
+
+        settings = {"steps": effort.apgd_steps, "draws": draws}
+        work = Work(looks=effort.apgd_steps * draws)
+        return Attack(f"apgd_{loss}", "L3", settings, effort.images, run, threat, work)
+
+    def purifier_specific(self, subject: Subject) -> list[Attack]:
+        """L4: what hurts each kind of purifier in particular."""
+        effort, defended = self.effort(subject), subject.defended
+        found = list[Attack]()
+        for purifier in subject.purifiers:
+            if isinstance(purifier, AtopPurifier):
+                found += self.climbs(
+                    "fixed_look",
+                    "L4",
+                    effort,
+                    effort.full_steps,
+                    lambda labels, looks: gradients.through(defended, labels, looks, draws=1),
+                    Work(looks=1),
+                    looks=SameLook,
+                )
+            for weight in effort.aware_weights:
+                found += self.aware(purifier, weight, effort)
+        if len(subject.purifiers) == 1 and isinstance(subject.purifiers[0], AidPurifier | ZeroPurPurifier):
+            found += self.unrolled(subject.purifiers[0], effort)
+        return found
+
+    def aware(self, purifier: nn.Module, weight: float, effort: Effort) -> list[Attack]:
+        """Attacks that fool the classifier while the defense sees nothing to do."""
+        steps = effort.aware_steps
+        if isinstance(purifier, AidPurifier):
+            aid = purifier.aid
+            return self.climbs(
+                f"aware_{weight:g}",
+                "L4",
+                effort,
+                steps,
+                lambda labels, looks: gradients.while_natural(self.classifier, aid, labels, weight=weight),
+                Work(bare=2, answers=0),
+            )
+        if isinstance(purifier, ZeroPurPurifier):
+            spec = purifier.preset.blur
+            return self.climbs(
+                f"aware_{weight:g}",
+                "L4",
+                effort,
+                steps,
+                lambda labels, looks: gradients.while_aligned(self.classifier, spec, labels, weight=weight),
+                Work(bare=3, answers=0),
+            )
+        return []
+
+    def unrolled(self, purifier: unrolled.Descending, effort: Effort) -> list[Attack]:
+        """Attacks on the steps of a purifier that descends; none where its preset cannot be unrolled."""
+        if not unrolled.can_be_unrolled(purifier):
+            return []
+        over = self.climbs(
+            "iterates",
+            "L4",
+            effort,
+            effort.iterate_steps,
+            lambda labels, looks: unrolled.over_iterates(purifier, self.classifier, labels),
+            Work(answers=2),
+        )
+        smooth = self.climbs(
+            "smooth_steps",
+            "L4",
+            effort,
+            effort.smooth_steps,
+            lambda labels, looks: unrolled.through_smooth_steps(purifier, self.classifier, labels, sharpness=SHARPNESS),
+            Work(answers=SMOOTH_PASSES),
+            sharpness=SHARPNESS,
+        )
+        return over + smooth
+
+    def square(self, subject: Subject) -> Attack:
+        """L5: random search on the whole defense."""
+        effort, threat = self.effort(subject), Linf(self.eps)
+
+        def run(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
+            seed = derive_seed(self.seed, "square", numbers[0])
+            oracle, queries = Oracle(subject.defended, seed), effort.square_queries
+            return by_autoattack.square(oracle, images, labels, threat, queries=queries, seed=seed % 2**31)
+
+        work = Work(answers=1 + effort.square_queries)
+        return Attack("square", "L5", {"queries": effort.square_queries}, effort.images, run, threat, work)
+
+    def transferred(self, name: str, classifier: Classifier, effort: Effort) -> Attack:
+        """L5: PGD images of another classifier."""
+        threat = Linf(self.eps)
+
+        def run(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
+            torch.manual_seed(derive_seed(self.seed, "transfer", numbers[0]))
+            steps, step_size = TRANSFER_STEPS, self.eps / 4
+            return by_foolbox.foolbox_pgd(classifier, images, labels, eps=self.eps, steps=steps, step_size=step_size)
+
+        work = Work(bare=TRANSFER_STEPS)
+        return Attack(
+            f"transfer_{name}", "L5", {"steps": TRANSFER_STEPS}, effort.images, run, threat, work, shared=True
+        )
+
+    def unseen(self, subject: Subject) -> list[Attack]:
+        """L6: threats that the defense was not made for; they stay out of the worst case."""
+        effort, defended = self.effort(subject), subject.defended
+        if not effort.unseen:
+            return []
+
+        def climb(name: str, threat: Threat, kind: type[Looks] = Looks) -> list[Attack]:
+            draws = self.draws(subject, effort.full_draws) if kind is Looks else 1
+            return self.climbs(
+                name,
+                "L6",
+                effort,
+                effort.full_steps,
+                lambda labels, looks: gradients.through(defended, labels, looks, draws=draws),
+                Work(looks=1),
+                threat=threat,
+                looks=kind,
+                draws=draws,
+            )
+
+        def chosen(numbers: Sequence[int]) -> list[int]:
+            return SameLook(derive_seed(self.seed, "attack", "known_seed"), numbers).next()
+
+        def move(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
+            looks = Looks(derive_seed(self.seed, "stadv"), numbers)
+            return stadv(defended, images, labels, looks, steps=STADV_STEPS, draws=effort.bpda_draws)
+
+        def di2(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
+            generator = generator_for(self.seed, "di2", numbers[0])
+            through = gradients.through(DefendedClassifier(self.classifier, []), labels, Looks(0, numbers), draws=1)
+            climbed = gradients.diverse(through, generator)
+            return ascend(climbed, images, images, Linf(self.eps), steps=DI2_STEPS, step_size=self.eps / 8)
+
+        found = climb("l2", L2(L2_EPS))
+        for factor in OTHER_BUDGETS:
+            found += climb(f"eps_times_{factor:g}", Linf(factor * self.eps))
+        if defended.is_random:
+            known = climb("known_seed", Linf(self.eps), SameLook)
+            found += [replace(attack, known_seeds=chosen) for attack in known]
+        moving = Work(looks=STADV_STEPS * self.draws(subject, effort.bpda_draws))
+        settings = {"bound": 0.05, "steps": STADV_STEPS}
+        found.append(Attack("stadv", "L6", settings, effort.images, move, None, moving))
+        work, threat = Work(bare=DI2_STEPS), Linf(self.eps)
+        found.append(Attack("di2", "L6", {"steps": DI2_STEPS}, effort.images, di2, threat, work, shared=True))
+        return found
+
+    def attacks(self, subject: Subject) -> list[Attack]:
+        """All of them, level by level."""
+        return [*self.grey_box(subject), *self.adaptive(subject), *self.unseen(subject)]
