@@ -126,10 +126,11 @@ class AidSpec(Strict):
 
 
 class BlurSpec(Strict):
-    """The blur of ZeroPur: a Gaussian of standard deviation `size` (pixels), or a median of side `size`."""
+    """The blur of ZeroPur: Gaussian, median, or total-variation minimization in their place (Table 7)."""
 
-    kind: Literal["gaussian", "median"]
+    kind: Literal["gaussian", "median", "tv"]
     size: PositiveFloat
+    """Standard deviation of the Gaussian in pixels, side of the median, or weight of TV for images in [0, 1]."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
