@@ -14,15 +14,20 @@ from torch import Tensor, nn
 
 from models import transforms
 from models.deepfill import DeepFill
-from models.manifest import AtopPreset, InpainterSpec
+from models.mae import MaskedAutoencoder
+from models.manifest import AtopPreset, InpainterSpec, MaeSpec
 from models.unet import UNet
 
 
-def build_inpainter(spec: InpainterSpec) -> nn.Module:
+def build_inpainter(spec: InpainterSpec | MaeSpec) -> nn.Module:
     """A freshly initialized in-painter: (masked images, mask) -> stage outputs, coarse to fine."""
-    if spec.architecture == "deepfill":
-        return DeepFill(width=spec.width)
-    return UNet(width=spec.width, space_to_depth=spec.space_to_depth)
+    match spec:
+        case MaeSpec():
+            return MaskedAutoencoder(spec)
+        case InpainterSpec(architecture="deepfill"):
+            return DeepFill(width=spec.width)
+        case InpainterSpec():
+            return UNet(width=spec.width, space_to_depth=spec.space_to_depth)
 
 
 class AtopPurifier(nn.Module):

@@ -33,7 +33,7 @@ class ClassifierSpec(Strict):
 
 
 class InpainterSpec(Strict):
-    """The network that fills in what a random transform removed."""
+    """The network that fills in what a random transform removed: one of convolutions."""
 
     architecture: Literal["unet", "deepfill"]
     width: PositiveInt
@@ -41,16 +41,38 @@ class InpainterSpec(Strict):
     space_to_depth: PositiveInt = 1
     """Side of the pixel blocks that the U-Net folds into channels, so that a large working image stays cheap."""
 
-    @property
-    def size_multiple(self) -> int:
-        """What the working size must be divisible by."""
-        return 8 if self.architecture == "deepfill" else 4 * self.space_to_depth
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.architecture == "deepfill" and self.space_to_depth != 1:
             raise ValueError("deepfill has no space_to_depth")
         return self
+
+
+class MaeSpec(Strict):
+    """A masked autoencoder as in-painter: the "AE" of AToP's Table 5. ViT-B/16 is 16, 768, 12, 12, 512, 8, 16."""
+
+    architecture: Literal["mae"]
+    patch_size: PositiveInt
+    """Side of the pixel blocks that are its tokens; a cell of the transform is a whole number of them wide."""
+    width: PositiveInt
+    """Channels of a token in the encoder."""
+    depth: PositiveInt
+    """Blocks of the encoder."""
+    heads: PositiveInt
+    decoder_width: PositiveInt
+    decoder_depth: PositiveInt
+    decoder_heads: PositiveInt
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.width % self.heads or self.decoder_width % self.decoder_heads:
+            raise ValueError("the widths of a mae must be divisible by its heads")
+        if self.width % 4 or self.decoder_width % 4:
+            raise ValueError("the widths of a mae must be multiples of 4")
+        return self
+
+
+AnyInpainterSpec = Annotated[InpainterSpec | MaeSpec, Field(discriminator="architecture")]
 
 
 class AtopPreset(Strict):
@@ -86,18 +108,30 @@ class AtopPreset(Strict):
         return self
 
 
+def size_multiple(inpainter: InpainterSpec | MaeSpec, transform: AtopPreset) -> int:
+    """What the working size must be divisible by, so that an in-painter can run on what a transform gives it."""
+    match inpainter:
+        case MaeSpec():
+            return inpainter.patch_size * transform.cells_per_side
+        case InpainterSpec(architecture="deepfill"):
+            return 8
+        case InpainterSpec():
+            return 4 * inpainter.space_to_depth
+
+
 class AtopSpec(Strict):
     """AToP: one in-painter, one or more transforms in front of it."""
 
-    inpainter: InpainterSpec
+    inpainter: AnyInpainterSpec
     default_preset: str
     presets: dict[str, AtopPreset]
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         for name, preset in self.presets.items():
-            if preset.working_size % self.inpainter.size_multiple:
-                raise ValueError(f"{name}: this in-painter needs a multiple of {self.inpainter.size_multiple} pixels")
+            multiple = size_multiple(self.inpainter, preset)
+            if preset.working_size % multiple:
+                raise ValueError(f"{name}: this in-painter needs a multiple of {multiple} pixels")
         return self
 
 
@@ -126,10 +160,11 @@ class AidSpec(Strict):
 
 
 class BlurSpec(Strict):
-    """The blur of ZeroPur: a Gaussian of standard deviation `size` (pixels), or a median of side `size`."""
+    """The blur of ZeroPur: Gaussian, median, or total-variation minimization in their place (Table 7)."""
 
-    kind: Literal["gaussian", "median"]
+    kind: Literal["gaussian", "median", "tv"]
     size: PositiveFloat
+    """Standard deviation of the Gaussian in pixels, side of the median, or weight of TV for images in [0, 1]."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

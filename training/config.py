@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from models.classifiers import ARCHITECTURES, Classifier
-from models.manifest import AidPreset, AidSpec, AtopPreset, InpainterSpec, Strict, ZeroPurPreset
+from models.manifest import AidPreset, AidSpec, AnyInpainterSpec, AtopPreset, Strict, ZeroPurPreset, size_multiple
 from models.randomness import SEED_LIMIT
 from training.budgets import BUDGETS, Budget, BudgetName
 
@@ -149,13 +149,15 @@ class ClassifierRecipe(Recipe):
 class PurifierRecipe(Recipe):
     """What the two stages of AToP share: the in-painter, its random transform and its reconstruction losses."""
 
-    inpainter: InpainterSpec
+    inpainter: AnyInpainterSpec
     transform: AtopPreset
     augmentation: Augmentation = Augmentation(padding=0)
     lr: PositiveFloat
     final_lr_ratio: Fraction = 1.0
     """The learning rate falls along a cosine to this share of `lr`; 1 keeps it constant, as the paper does."""
     betas: tuple[Decay, Decay] = (0.5, 0.999)
+    reconstruction: Literal["l1", "mse"] = "l1"
+    """Mean absolute error, which the paper adds to the GAN's loss, or mean squared error, that of an autoencoder."""
     gan_weight: NonNegativeFloat = 1.0
     """Weight of the generator's adversarial loss; 0 trains without a discriminator."""
     gan_gradient: bool = True
@@ -166,7 +168,7 @@ class PurifierRecipe(Recipe):
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
-        multiple = self.inpainter.size_multiple
+        multiple = size_multiple(self.inpainter, self.transform)
         if self.transform.working_size % multiple:
             raise ValueError(f"this in-painter needs a transform.working_size that is a multiple of {multiple}")
         if self.transform.working_size < self.data.input_size:
@@ -192,7 +194,7 @@ class FinetuneRecipe(PurifierRecipe):
     attack_end_to_end: bool = False
     """Whether FGSM attacks classifier, purifier and transform together, as Eq. 9 reads, or the classifier alone."""
     reconstruction_target: Literal["clean", "input"] = "clean"
-    """What L1 and the discriminator call real: the clean image, or the purifier's own (attacked) input."""
+    """What both losses of the reconstruction call real: the clean image, or the purifier's own (attacked) input."""
     classification_weight: NonNegativeFloat = 0.1
     """Lambda of Eq. 9."""
     classification_from_epoch: NonNegativeFloat = 0.0

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from models.bundle import Bundle, save_bundle
 from models.classifiers import Classifier
-from models.manifest import AidSpec, AtopSpec, ClassifierSpec, Defenses, InpainterSpec, Manifest, ZeroPurSpec
+from models.manifest import AidSpec, AtopSpec, ClassifierSpec, Defenses, Manifest, ZeroPurSpec
 from training.config import ExportRecipe, RecipeError, refuse_unknown_layers
 from training.provenance import fingerprint, git_commit, hardware, library_versions
 from training.runs import read_recipe_of, read_summary_of
@@ -74,7 +74,7 @@ def atop(recipe: ExportRecipe, runs: Path) -> AtopSpec | None:
     """The in-painter as its run built it, with the recipe's presets."""
     if recipe.atop_run is None:
         return None
-    inpainter = InpainterSpec(**read_recipe_of(runs, recipe.atop_run)["inpainter"])
+    inpainter = read_recipe_of(runs, recipe.atop_run)["inpainter"]
     return AtopSpec(inpainter=inpainter, default_preset=recipe.atop_default_preset, presets=recipe.atop_presets)
 
 

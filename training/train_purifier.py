@@ -73,8 +73,9 @@ class PurifierTraining:
             stages = [stage.float() for stage in self.purifier.inpainter(hidden, mask)]
             restored = stages[-1].clamp(0, 1)
             losses = self.classification_losses(restored, images.shape[-2:], labels, step)
-        losses |= {"l1": sum_l1(stages, target), **self.adversarial_losses(target, restored, mask)}
-        total = losses["l1"] + self.recipe.gan_weight * losses.get("gan", 0.0)
+        reconstruction = RECONSTRUCTION_LOSSES[self.recipe.reconstruction](stages, target)
+        losses |= {self.recipe.reconstruction: reconstruction, **self.adversarial_losses(target, restored, mask)}
+        total = reconstruction + self.recipe.gan_weight * losses.get("gan", 0.0)
         if isinstance(self.recipe, FinetuneRecipe):
             total = total + self.recipe.classification_weight * losses.get("classification", 0.0)
         self.update(total, step)
@@ -164,6 +165,14 @@ class PurifierTraining:
 def sum_l1(stages: list[Tensor], target: Tensor) -> Tensor:
     """Mean absolute error of every stage's output, added up, on the papers' [-1, 1] scale."""
     return torch.stack([2 * (stage - target).abs().mean() for stage in stages]).sum()
+
+
+def sum_mse(stages: list[Tensor], target: Tensor) -> Tensor:
+    """Mean squared error of every stage's output, added up, on the papers' [-1, 1] scale (AToP's L_mae)."""
+    return torch.stack([4 * (stage - target).square().mean() for stage in stages]).sum()
+
+
+RECONSTRUCTION_LOSSES = {"l1": sum_l1, "mse": sum_mse}
 
 
 def pretrain_purifier(recipe: PretrainRecipe, runs: Path, device: torch.device) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from models.aid import AidDiscriminator
 from models.atop import build_inpainter
 from models.classifiers import Classifier, build_classifier
-from models.manifest import AidSpec, InpainterSpec
+from models.manifest import AidSpec, AnyInpainterSpec, InpainterSpec, MaeSpec
 from training.data import DataError, ImageSet
 from training.runs import read_checkpoint, read_recipe_of, read_summary_of
 
@@ -61,7 +62,8 @@ def refuse_other_data(runs: Path, name: str, data: ImageSet) -> None:
 
 def trained_inpainter(runs: Path, name: str, device: torch.device) -> nn.Module:
     """The averaged in-painter of a `pretrain-purifier` or `finetune-atop` run."""
-    inpainter = build_inpainter(InpainterSpec(**read_recipe_of(runs, name)["inpainter"]))
+    any_inpainter = TypeAdapter[InpainterSpec | MaeSpec](AnyInpainterSpec)
+    inpainter = build_inpainter(any_inpainter.validate_python(read_recipe_of(runs, name)["inpainter"]))
     inpainter.load_state_dict(averaged(runs, name))
     return frozen(inpainter, device)
 

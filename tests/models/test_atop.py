@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from models import transforms
 from models.atop import AtopPurifier, build_inpainter
 from models.deepfill import DeepFill
-from models.manifest import AtopPreset, InpainterSpec
+from models.mae import MaskedAutoencoder
+from models.manifest import AtopPreset, InpainterSpec, MaeSpec
 from models.unet import UNet
 
 
@@ -31,6 +32,11 @@ def preset(transform: str, *, sigma: float = 0.1, working_size: int = 32) -> Ato
 def test_specs_build_their_networks() -> None:
     assert isinstance(build_inpainter(InpainterSpec(architecture="unet", width=4)), UNet)
     assert isinstance(build_inpainter(InpainterSpec(architecture="deepfill", width=8)), DeepFill)
+    encoder = {"patch_size": 2, "width": 8, "depth": 3, "heads": 2}
+    decoder = {"decoder_width": 4, "decoder_depth": 1, "decoder_heads": 1}
+    autoencoder = build_inpainter(MaeSpec.model_validate({"architecture": "mae", **encoder, **decoder}))
+    assert isinstance(autoencoder, MaskedAutoencoder)
+    assert (len(autoencoder.encoder), len(autoencoder.decoder)) == (3 + 1, 1 + 1)  # blocks, and a last norm
 
 
 def test_rt1_hides_a_quarter_of_the_cells_and_adds_no_noise() -> None:

@@ -13,6 +13,7 @@ from models.manifest import (
     BlurSpec,
     Defenses,
     InpainterSpec,
+    MaeSpec,
     Manifest,
     UnknownDefense,
     ZeroPurPreset,
@@ -157,6 +158,56 @@ def test_working_sizes_must_suit_the_in_painter_and_the_input() -> None:
 def atop_spec(preset: dict[str, object], **inpainter: object) -> dict[str, object]:
     network = {"architecture": "unet", "width": 4, **inpainter}
     return {"inpainter": network, "default_preset": "rt2", "presets": {"rt2": preset}}
+
+
+MAE = {
+    "architecture": "mae",
+    **{"patch_size": 4, "width": 16, "depth": 1, "heads": 2},
+    **{"decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2},
+}
+
+
+def test_a_bundle_says_what_its_in_painter_is_made_of_and_no_more() -> None:
+    preset = {"transform": "rt2", "working_size": 32, "sigma": 0.1}
+    spec = AtopSpec.model_validate({**atop_spec(preset), "inpainter": MAE})
+
+    assert spec.inpainter == MaeSpec.model_validate(MAE)
+    assert spec.model_dump()["inpainter"] == MAE
+    assert AtopSpec.model_validate_json(spec.model_dump_json()) == spec
+    unet = AtopSpec.model_validate(atop_spec(preset)).model_dump()["inpainter"]
+    assert unet == {"architecture": "unet", "width": 4, "space_to_depth": 1}
+
+
+def test_the_cells_of_a_mask_are_whole_patches_of_an_autoencoder() -> None:
+    def spec(working_size: int, cells_per_side: int) -> AtopSpec:
+        preset = {"transform": "rt2", "working_size": working_size, "sigma": 0.1, "cells_per_side": cells_per_side}
+        return AtopSpec.model_validate({**atop_spec(preset), "inpainter": MAE})
+
+    assert spec(32, 8).presets["rt2"].working_size == 32
+    assert spec(48, 4).presets["rt2"].working_size == 48
+    with pytest.raises(ValidationError, match="rt2: this in-painter needs a multiple of 32 pixels"):
+        spec(48, 8)
+    with pytest.raises(ValidationError, match="rt2: this in-painter needs a multiple of 64 pixels"):
+        spec(32, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"heads": 3}, "divisible by its heads"),
+        ({"decoder_heads": 3}, "divisible by its heads"),
+        ({"width": 18}, "multiples of 4"),
+        ({"decoder_width": 10}, "multiples of 4"),
+        ({"patch_size": 0}, "greater than 0"),
+        ({"depth": None}, "valid integer"),
+        ({"space_to_depth": 1}, "not permitted"),
+        ({"architecture": "vit"}, "'unet', 'deepfill', 'mae'"),
+    ],
+)
+def test_impossible_autoencoders_are_refused(change: dict[str, object], reason: str) -> None:
+    preset = {"transform": "rt2", "working_size": 32, "sigma": 0.1}
+    with pytest.raises(ValidationError, match=reason):
+        AtopSpec.model_validate({**atop_spec(preset), "inpainter": {**MAE, **change}})
 
 
 def test_the_joint_layers_of_aid_follow_its_layout() -> None:

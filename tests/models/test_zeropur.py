@@ -68,6 +68,7 @@ def published(classifier: Classifier, received: Tensor, preset: ZeroPurPreset) -
         {"coarse_steps": 3, "fine_steps": 0},
         {"coarse_steps": 2, "fine_steps": 2, "momentum": 0.0, "fine_layers": ("stage1", "stage2", "pool")},
         {"coarse_steps": 2, "fine_steps": 4, "perceptual_weight": 1.0, "projection_weight": 0.05},
+        {"coarse_steps": 2, "fine_steps": 3, "blur": {"kind": "tv", "size": 0.1}},
     ],
 )
 def test_it_does_what_the_algorithms_say(images: Tensor, changes: dict[str, object]) -> None:
@@ -112,7 +113,16 @@ def test_fine_alignment_moves_the_features_along_the_coarse_direction(images: Te
     assert bool((projection(aligned) > 0).all())
 
 
-@pytest.mark.parametrize("changes", [{}, {"random_start": True}, {"perceptual_weight": 1.0}, {"fine_steps": 0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"random_start": True},
+        {"perceptual_weight": 1.0},
+        {"fine_steps": 0},
+        {"blur": {"kind": "tv", "size": 0.1}},
+    ],
+)
 def test_every_preset_stays_in_its_ball_and_range(changes: dict[str, object]) -> None:
     preset = zeropur_preset(eps=0.02, **changes)
     images = torch.rand(3, 3, SIZE, SIZE)

@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from tests.fakes import color_classifier
-from tests.training.tiny import DATA, INPAINTER, RECIPES, SIDE, TRANSFORM, write_recipe
+from tests.training.tiny import DATA, INPAINTER, MAE, RECIPES, SIDE, TRANSFORM, write_recipe
 from training.__main__ import RECIPES as KINDS
 from training.config import (
     ClassifierRecipe,
@@ -69,6 +69,9 @@ def test_the_data_source_can_be_given_beside_the_recipe(tmp_path: Path) -> None:
         ("pretrain-purifier", {"transform": {**TRANSFORM, "cells_per_side": 3}}, "transform", "cells_per_side"),
         ("pretrain-purifier", {"inpainter": {**INPAINTER, "space_to_depth": 4}}, "recipe", "multiple of 16"),
         ("pretrain-purifier", {"inpainter": {"architecture": "deepfill", "width": 6}}, "recipe", "multiple of 4"),
+        ("pretrain-purifier", {"inpainter": {**MAE, "patch_size": 4}}, "recipe", "multiple of 16"),
+        ("pretrain-purifier", {"inpainter": {**MAE, "heads": 5}}, "inpainter.mae", "divisible by its heads"),
+        ("pretrain-purifier", {"reconstruction": "huber"}, "reconstruction", "'l1' or 'mse'"),
         ("pretrain-purifier", {"transform": {**TRANSFORM, "working_size": SIDE // 2}}, "recipe", "must not be smaller"),
         ("pretrain-purifier", {"classifier_run": "classifier"}, "classifier_run", "not permitted"),
         ("finetune-atop", {"attacked_fraction": 1.5}, "attacked_fraction", "less than or equal to 1"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import transforms
+from models import load_bundle, transforms
 from models.classifiers import Classifier
+from models.mae import MaskedAutoencoder
 from tests.fakes import smooth_classifier
-from tests.training.tiny import CLASSES, RECIPES, TRANSFORM, Workshop, assert_resumes_exactly, assert_same, color_set
+from tests.training.tiny import (
+    CLASSES,
+    MAE,
+    RECIPES,
+    TRANSFORM,
+    Workshop,
+    assert_resumes_exactly,
+    assert_same,
+    color_set,
+)
 from training.config import FinetuneRecipe, PretrainRecipe
-from training.data import ImageSet
-from training.train_purifier import PurifierTraining, sum_l1
-from training.trained import frozen
+from training.data import ImageSet, to_float
+from training.train_purifier import PurifierTraining, sum_l1, sum_mse
+from training.trained import frozen, trained_inpainter
 
 CPU = torch.device("cpu")
 WORKING = {**TRANSFORM, "working_size": 16}
@@ -85,6 +96,15 @@ def test_a_deepfill_of_two_stages_learns_both_and_purifies() -> None:
 def test_the_loss_is_the_l1_of_every_stage_on_the_papers_scale() -> None:
     target = torch.rand(2, 3, 4, 4)
     assert sum_l1([target + 0.1, target - 0.2], target).item() == pytest.approx(2 * (0.1 + 0.2), abs=1e-6)
+
+
+def test_or_the_squared_error_of_every_stage_where_the_recipe_says_so() -> None:
+    target = torch.rand(2, 3, 4, 4)
+    assert sum_mse([target + 0.1, target - 0.2], target).item() == pytest.approx(0.2**2 + 0.4**2, abs=1e-6)
+
+    absolute, squared = pretraining(gan_weight=0), pretraining(gan_weight=0, reconstruction="mse")
+    assert squared.step(0).keys() == {"mse"}
+    assert not same(gradients(absolute), gradients(squared))
 
 
 @pytest.mark.parametrize("transform", ["rt2", "rt3"])
@@ -266,3 +286,29 @@ def test_fine_tuning_refuses_an_in_painter_of_another_shape(
     assert finished.run("finetune-atop", other) == 2
     assert "run purifier trained another in-painter than other asks for" in capsys.readouterr().err
     assert not (finished.runs / "other").exists()
+
+
+def test_an_autoencoder_learns_goes_on_through_the_classifier_and_is_exported(finished: Workshop) -> None:
+    common = {"inpainter": MAE, "reconstruction": "mse", "gan_weight": 0}
+    assert finished.run("pretrain-purifier", {**common, "name": "mae", "epochs": 30, "betas": [0.9, 0.95]}) == 0
+    fine_tuned = {**common, "name": "mae-atop", "purifier_run": "mae"}
+    assert finished.run("finetune-atop", fine_tuned) == 0
+    assert finished.run("export", {"name": "autoencoder", "atop_run": "mae-atop"}) == 0
+
+    lines = (finished.runs / "mae" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["mse"] for line in lines]
+    bundle = load_bundle(finished.bundle.parents[1] / "autoencoder" / "1")
+    images = to_float(color_set(6, seed=2).images, CPU)
+    trained = trained_inpainter(finished.runs, "mae-atop", CPU)
+    mask = torch.zeros(1, 1, 8, 8)
+
+    spread = 4 * to_float(color_set(48).images, CPU).var().item()  # what one color for all pixels would leave
+    assert losses[-1] < spread / 2 < losses[0]
+    assert isinstance(bundle.inpainter, MaskedAutoencoder)
+    torch.testing.assert_close(bundle.inpainter(images, mask), trained(images, mask), rtol=0, atol=0.01)
+    assert bundle.manifest.defenses.atop is not None
+    assert bundle.manifest.defenses.atop.inpainter.model_dump() == MAE
+    for defense in ("atop", "atop:rt3"):
+        probabilities = bundle.probabilities(defense, images, seed=3)
+        torch.testing.assert_close(probabilities.sum(1), torch.ones(6))
+        assert not torch.allclose(probabilities, bundle.probabilities("none", images), atol=1e-4)

@@ -50,6 +50,11 @@ def write_parquet(folder: Path, split: str, pixels: NDArray[np.uint8], labels: l
 
 DATA = {"name": "colors", "source": "nowhere", "input_size": SIDE}
 INPAINTER = {"architecture": "unet", "width": 4}
+MAE = {
+    "architecture": "mae",
+    **{"patch_size": 2, "width": 16, "depth": 1, "heads": 2},
+    **{"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2},
+}
 TRANSFORM = {"transform": "rt2", "working_size": SIDE, "sigma": 0.05, "cells_per_side": 4}
 PURIFIER = {
     "seed": 3,
