@@ -34,7 +34,7 @@ class RecipeError(ValueError):
 
 
 class DataRecipe(Strict):
-    """Where the images come from: a hub name, a folder of parquet files or an image folder (see `training.data`)."""
+    """Where the images come from: a name on the hub, or a folder in one of several formats (see `training.data`)."""
 
     name: str
     source: str
@@ -42,7 +42,9 @@ class DataRecipe(Strict):
     train_split: str = "train"
     test_split: str = "test"
     classes: tuple[str, ...] | None = None
-    """Class names, where the data set itself carries only numbers."""
+    """Class names, where the data set itself carries only numbers, or others than are wanted."""
+    label_column: str | None = None
+    """Which labels to learn, where the data have several: CIFAR-100's are `fine_label` and `coarse_label`."""
 
 
 class Recipe(Strict):
