@@ -173,6 +173,27 @@ def test_another_recipe_in_the_same_directory_is_refused(tmp_path: Path) -> None
     assert Run(tmp_path, RECIPE.model_copy(update={"data": elsewhere})).restore({}, {}) == 0
 
 
+def test_a_run_that_was_begun_before_a_recipe_had_a_field_goes_on_with_its_default(tmp_path: Path) -> None:
+    path = tmp_path / RECIPE.name / "recipe.json"
+    Run(tmp_path, RECIPE).restore({}, {})
+    whole = path.read_text()
+    path.write_text(json.dumps({key: value for key, value in json.loads(whole).items() if key != "label_smoothing"}))
+
+    with pytest.raises(RunError, match="belongs to another recipe"):
+        Run(tmp_path, RECIPE.model_copy(update={"label_smoothing": 0.1}))
+    Run(tmp_path, RECIPE).restore({}, {})
+
+    assert path.read_text() == whole
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"data": {}, "surprise": 1}'])
+def test_a_directory_whose_recipe_is_none_is_refused(content: str, tmp_path: Path) -> None:
+    Run(tmp_path, RECIPE).restore({}, {})
+    (tmp_path / RECIPE.name / "recipe.json").write_text(content)
+    with pytest.raises(RunError, match="belongs to another recipe"):
+        Run(tmp_path, RECIPE)
+
+
 def test_a_run_goes_on_only_from_what_it_was_begun_with(tmp_path: Path) -> None:
     first, second = ({"weight": torch.tensor([value])} for value in (1.0, 2.0))
     fit(Run(tmp_path, RECIPE), Slope(), checkpoint_every_s=60, given={"classifier": first})
