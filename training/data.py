@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from models.preprocessing import center_crop_resize, to_rgb
 from models.randomness import generator_for
+from training.augmentation import augment
 from training.config import Augmentation, DataRecipe
 from training.folders import read_folder
 from training.formats import DataError as DataError
@@ -110,23 +110,6 @@ def to_float(images: Tensor, device: torch.device) -> Tensor:
     """Images as float32 in [0, 1], channels last, on `device`; uint8 is divided by 255, floats are left."""
     moved = images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
     return moved if moved.is_floating_point() else moved.float().div_(255)
-
-
-def augment(images: Tensor, settings: Augmentation, generator: torch.Generator) -> Tensor:
-    """Random crops of the reflected images and horizontal flips, drawn per image; shape and range stay."""
-    count, _, height, width = images.shape
-    if settings.padding:
-        pad = settings.padding
-        offsets = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=generator)
-        rows = (torch.arange(height) + offsets[0]).to(images.device)
-        columns = (torch.arange(width) + offsets[1]).to(images.device)
-        padded = F.pad(images, (pad, pad, pad, pad), mode="reflect").permute(0, 2, 3, 1)
-        which = torch.arange(count, device=images.device)[:, None, None]
-        images = padded[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-    if settings.flip:
-        flipped = (torch.rand(count, generator=generator) < 0.5).to(images.device)
-        images = torch.where(flipped[:, None, None, None], images.flip(3), images)
-    return images
 
 
 @dataclass(frozen=True)

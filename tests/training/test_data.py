@@ -22,7 +22,7 @@ from tests.training.tiny import (
     write_table,
 )
 from training.config import Augmentation
-from training.data import Batches, DataError, ImageSet, augment, in_batches, load_split, open_split, to_float
+from training.data import Batches, DataError, ImageSet, in_batches, load_split, open_split, to_float
 
 pytestmark = pytest.mark.usefixtures("no_connections")
 CPU = torch.device("cpu")
@@ -144,48 +144,6 @@ def test_in_batches_gives_everything_once_and_in_order() -> None:
     assert [len(labels) for _, labels in batches] == [3, 3, 1]
     assert torch.equal(torch.cat([images for images, _ in batches]), to_float(data.images, CPU))
     assert torch.equal(torch.cat([labels for _, labels in batches]), data.labels)
-
-
-# Augmentation
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def test_no_padding_and_no_flip_is_the_identity() -> None:
-    images = torch.rand(5, 3, 8, 8)
-    assert torch.equal(augment(images, PLAIN, generator()), images)
-
-
-def test_flips_are_mirror_images_of_half_of_them() -> None:
-    images = torch.rand(400, 1, 2, 2)
-    flipped = augment(images, Augmentation(padding=0, flip=True), generator())
-    mirrored = (flipped == images.flip(3)).flatten(1).all(1)
-    unchanged = (flipped == images).flatten(1).all(1)
-    assert (mirrored ^ unchanged).all()
-    assert 150 < mirrored.sum() < 250
-
-
-def test_crops_are_windows_of_the_reflected_image_and_all_of_them_occur() -> None:
-    side, padding = 5, 2
-    image = torch.arange(side * side, dtype=torch.float32).view(side, side)
-    reflected = torch.from_numpy(np.pad(image.numpy(), padding, mode="reflect"))
-    windows = reflected.unfold(0, side, 1).unfold(1, side, 1).reshape(-1, side, side)
-    assert len(windows) == 25
-
-    crops = augment(image.expand(600, 3, side, side), Augmentation(padding=padding, flip=False), generator())
-
-    assert (crops == crops[:, :1]).all()  # every channel is cut alike
-    found = (crops[:, :1] == windows).flatten(2).all(2)
-    assert (found.sum(1) == 1).all()
-    assert found.any(0).all()
-
-
-def test_augmentation_is_drawn_by_its_generator_alone() -> None:
-    images, both = torch.rand(8, 3, 8, 8), Augmentation(padding=2)
-    assert torch.equal(augment(images, both, generator(1)), augment(images, both, generator(1)))
-    assert not torch.equal(augment(images, both, generator(1)), augment(images, both, generator(2)))
 
 
 # Batches by step

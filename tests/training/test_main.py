@@ -15,6 +15,9 @@ from training.runs import Run
 SHIPPED = sorted((Path(__file__).parents[2] / "training" / "recipes").rglob("*.toml"))
 COMMANDS = {
     "classifier": "train-classifier",
+    "vanilla": "train-classifier",
+    "standard": "train-classifier",
+    "strong": "train-classifier",
     "purifier": "pretrain-purifier",
     "atop": "finetune-atop",
     "aid": "train-aid",
@@ -25,7 +28,7 @@ CIFAR = Path(__file__).parents[3] / "shared" / "data" / "cifar10"
 
 
 def command_of(recipe: Path) -> str:
-    return COMMANDS[recipe.stem]
+    return COMMANDS[recipe.stem.removesuffix("-small")]
 
 
 @pytest.mark.parametrize("recipe", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
