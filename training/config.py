@@ -24,6 +24,7 @@ from models.randomness import SEED_LIMIT
 from training.budgets import BUDGETS, Budget, BudgetName
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 """Of a moving average: 1 would never move."""
 Seed = Annotated[int, Field(ge=0, lt=SEED_LIMIT)]
@@ -35,7 +36,7 @@ class RecipeError(ValueError):
 
 
 class DataRecipe(Strict):
-    """Where the images come from: a hub name, a folder of parquet files or an image folder (see `training.data`)."""
+    """Where the images come from: a name on the hub, or a folder in one of several formats (see `training.data`)."""
 
     name: str
     source: str
@@ -43,7 +44,9 @@ class DataRecipe(Strict):
     train_split: str = "train"
     test_split: str = "test"
     classes: tuple[str, ...] | None = None
-    """Class names, where the data set itself carries only numbers."""
+    """Class names, where the data set itself carries only numbers, or others than are wanted."""
+    label_column: str | None = None
+    """Which labels to learn, where the data have several: CIFAR-100's are `fine_label` and `coarse_label`."""
 
 
 class Recipe(Strict):
@@ -60,11 +63,60 @@ class Recipe(Strict):
     """What convolutions and products are computed in while training; weights and updates stay float32."""
 
 
+class Jitter(Strict):
+    """Factors in 1 ± `brightness`, `contrast` and `saturation`, and a turn in ± `hue` of the color circle."""
+
+    brightness: Fraction
+    contrast: Fraction
+    saturation: Fraction
+    hue: Annotated[float, Field(ge=0, le=0.5)]
+    probability: PositiveFraction = 1.0
+
+
+class Blur(Strict):
+    """Gaussian blur of a standard deviation in `sigma`, in pixels."""
+
+    sigma: tuple[PositiveFloat, PositiveFloat]
+    probability: PositiveFraction = 1.0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.sigma[0] > self.sigma[1]:
+            raise ValueError("sigma is a smallest and a largest deviation, in this order")
+        return self
+
+
+class Solarize(Strict):
+    """Values at or above `threshold` inverted."""
+
+    threshold: Fraction = 0.5
+    probability: PositiveFraction = 1.0
+
+
 class Augmentation(Strict):
-    """Random crops after reflecting `padding` pixels on each side, and horizontal flips."""
+    """Random changes of training images, made in this order, each drawn for each image."""
 
     padding: NonNegativeInt = 4
+    """Pixels reflected on each side before a window of the image's size is cut out."""
+    crop_scale: tuple[PositiveFraction, PositiveFraction] | None = None
+    """Instead of `padding`: the smallest and the largest share of the area that a crop, then enlarged, has."""
     flip: bool = True
+    """Mirror half of the images, left to right."""
+    jitter: Jitter | None = None
+    grey: Fraction = 0.0
+    """Share of the images that lose their colors."""
+    blur: Blur | None = None
+    solarize: Solarize | None = None
+    equalize: Fraction = 0.0
+    """Share of the images whose channels' histograms are flattened; images of less than 256 pixels stay as they are."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.crop_scale and self.padding:
+            raise ValueError("crop_scale and padding are two ways to crop: set padding to 0")
+        if self.crop_scale and self.crop_scale[0] > self.crop_scale[1]:
+            raise ValueError("crop_scale is a smallest and a largest share, in this order")
+        return self
 
 
 class NoisyFgsmTraining(Strict):

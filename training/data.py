@@ -1,27 +1,26 @@
-"""Data sets as tensors: uint8 images (N, 3, H, W) and labels, from the hub, parquet files or image folders."""
+"""Data sets as tensors: uint8 images (N, 3, H, W) and labels, from the hub or from what lies in a folder."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from models.preprocessing import center_crop_resize, to_rgb
 from models.randomness import generator_for
+from training.augmentation import augment
 from training.config import Augmentation, DataRecipe
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message says what was looked for and where."""
+from training.folders import read_folder
+from training.formats import DataError as DataError
+from training.formats import Listing, read_cifar, read_svhn
+from training.tables import read_hub, read_parquet
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class ImageSet:
     labels: Tensor
     classes: tuple[str, ...]
     encodings: tuple[str, ...] = ()
-    """How the files were compressed, such as `JPEG`: accuracies on lossy copies of a data set are not those on it."""
+    """How the files were compressed, such as `JPEG`, or `raw`: accuracies on lossy copies are not those on the data."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -49,66 +48,57 @@ class ImageSet:
 
 
 def load_split(recipe: DataRecipe, split: str) -> ImageSet:
-    """Load one split into memory, every image brought to `recipe.input_size`.
+    """Load one split into memory, every image decoded in turn and brought to `recipe.input_size`.
 
-    `recipe.source` is a folder of `<split>-*.parquet` files, an image folder (`<split>/<class>/*.png`), or a
-    hub name. Raises DataError where there is no such data, no image column, no label column or no class names, and
-    for an image that cannot be decoded or a label that has no class.
+    `recipe.source` is a folder or a name on the hub, see `open_split`. Raises DataError where there is no such data,
+    no image column, no label column or no class names, for a file that is damaged, for an image that cannot be
+    decoded, for a label that has no class, and where there is not enough memory.
     """
-    table = _open(recipe.source, split)
-    image_column, label_column = _columns(table, recipe.source)
-    classes = recipe.classes or getattr(table.features[label_column], "names", None)
-    if not classes:
+    listing = open_split(recipe, split)
+    labels = torch.from_numpy(listing.labels)
+    if not listing.classes:
         raise DataError(f"{recipe.source} has no class names; give them as data.classes")
-    labels = torch.tensor(table[label_column], dtype=torch.int64)
-    if len(labels) == 0 or int(labels.min()) < 0 or int(labels.max()) >= len(classes):
-        raise DataError(f"the labels of {recipe.source} ({split}) do not fit {len(classes)} classes")
-    pixels = np.empty((len(table), 3, recipe.input_size, recipe.input_size), dtype=np.uint8)
+    if len(labels) == 0 or int(labels.min()) < 0 or int(labels.max()) >= len(listing.classes):
+        raise DataError(f"the labels of {recipe.source} ({split}) do not fit {len(listing.classes)} classes")
+    shape = (len(labels), 3, recipe.input_size, recipe.input_size)
+    try:
+        pixels = np.empty(shape, dtype=np.uint8)
+    except MemoryError as error:
+        raise DataError(f"{recipe.source} ({split}) does not fit into memory: {error}") from error
     encodings = set[str]()
-    try:
-        for row, image in enumerate(table[image_column]):
-            pixels[row] = _to_input(image, recipe.input_size)
-            encodings.add(image.format or "unknown")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{recipe.source} ({split}) holds an image that cannot be decoded: {error}") from error
-    return ImageSet(torch.from_numpy(pixels), labels, tuple(classes), tuple(sorted(encodings)))
+    for place, picture in zip(pixels, listing.pictures, strict=True):
+        place[:] = _to_input(picture, recipe.input_size)
+        encodings.add(picture.format or "unknown")
+    return ImageSet(torch.from_numpy(pixels), labels, listing.classes, tuple(sorted(encodings)))
 
 
-def _open(source: str, split: str) -> datasets.Dataset:
-    folder = Path(source)
-    if not folder.is_dir():
-        if folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:  # no name on the hub is so
-            raise DataError(f"there is no folder {folder}")
-        return _read(source, source, split=split)
-    parquet = sorted(str(path) for path in folder.glob(f"**/{split}-*.parquet"))
-    if parquet:
-        return _read(source, "parquet", split=split, data_files={split: parquet})
-    if (folder / split).is_dir():
-        return _read(source, "imagefolder", split="train", data_dir=str(folder / split))
-    raise DataError(f"{folder} holds neither {split}-*.parquet files nor a folder {split}/ of class folders")
+def open_split(recipe: DataRecipe, split: str) -> Listing:
+    """Find one split; its images are decoded as they are taken.
+
+    A folder is read as what it holds: CIFAR-10 or CIFAR-100, SVHN, `<split>-*.parquet` files, or `<split>/` with
+    images. Any other source is a name on the hub, `owner/name` or `owner/name:configuration`.
+    Raises DataError.
+    """
+    folder = Path(recipe.source)
+    if folder.is_dir():
+        for read in READERS:
+            if (listing := read(folder, split, recipe)) is not None:
+                return listing
+        raise DataError(
+            f"{folder} holds neither {split}-*.parquet files nor a folder {split}/ of class folders, "
+            "nor the files of CIFAR-10, CIFAR-100 or SVHN"
+        )
+    if folder.is_absolute() or recipe.source.startswith((".", "~")) or recipe.source.count("/") > 1:
+        raise DataError(f"there is no folder {folder}")  # no name on the hub is so
+    return read_hub(split, recipe)
 
 
-def _read(
-    source: str, kind: str, *, split: str, data_files: dict[str, list[str]] | None = None, data_dir: str | None = None
-) -> datasets.Dataset:
-    try:
-        return datasets.load_dataset(kind, split=split, data_files=data_files, data_dir=data_dir)
-    except Exception as error:  # the library raises a dozen kinds, from three packages, all meaning this
-        raise DataError(f"{source!r} is neither a readable folder nor a reachable data set: {error}") from error
-
-
-def _columns(table: datasets.Dataset, source: str) -> tuple[str, str]:
-    features = table.features
-    images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
-    labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-    labels = labels or [name for name in ("label", "labels", "fine_label") if _is_whole(features.get(name))]
-    if not images or not labels:
-        raise DataError(f"{source} needs an image column and a column of whole labels; it has {dict(features)}")
-    return images[0], labels[0]
-
-
-def _is_whole(feature: object) -> bool:
-    return isinstance(feature, datasets.Value) and feature.dtype.lstrip("u").startswith("int")
+READERS: tuple[Callable[[Path, str, DataRecipe], Listing | None], ...] = (
+    read_cifar,
+    read_svhn,
+    read_parquet,
+    read_folder,
+)
 
 
 def _to_input(image: Image.Image, size: int) -> NDArray[np.uint8]:
@@ -120,23 +110,6 @@ def to_float(images: Tensor, device: torch.device) -> Tensor:
     """Images as float32 in [0, 1], channels last, on `device`; uint8 is divided by 255, floats are left."""
     moved = images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
     return moved if moved.is_floating_point() else moved.float().div_(255)
-
-
-def augment(images: Tensor, settings: Augmentation, generator: torch.Generator) -> Tensor:
-    """Random crops of the reflected images and horizontal flips, drawn per image; shape and range stay."""
-    count, _, height, width = images.shape
-    if settings.padding:
-        pad = settings.padding
-        offsets = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=generator)
-        rows = (torch.arange(height) + offsets[0]).to(images.device)
-        columns = (torch.arange(width) + offsets[1]).to(images.device)
-        padded = F.pad(images, (pad, pad, pad, pad), mode="reflect").permute(0, 2, 3, 1)
-        which = torch.arange(count, device=images.device)[:, None, None]
-        images = padded[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-    if settings.flip:
-        flipped = (torch.rand(count, generator=generator) < 0.5).to(images.device)
-        images = torch.where(flipped[:, None, None, None], images.flip(3), images)
-    return images
 
 
 @dataclass(frozen=True)

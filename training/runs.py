@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
@@ -51,15 +50,6 @@ class Task(Protocol):
     def summarize(self) -> dict[str, float]: ...
 
 
-def is_recipe(resolved: Mapping[str, Any], recipe: Recipe) -> bool:
-    """Whether a run's recipe.json is `recipe`, wherever the data is; fields that came later have their defaults."""
-    try:
-        data = {**resolved["data"], "source": recipe.data.source}
-        return type(recipe).model_validate({**resolved, "data": data}) == recipe
-    except (KeyError, ValidationError):
-        return False
-
-
 class Run:
     """A run directory `<runs>/<recipe.name>`, open for writing."""
 
@@ -71,9 +61,18 @@ class Run:
         self._metrics = self.directory / "metrics.jsonl"
         self._recipe = self.directory / "recipe.json"
         self._origin = self.directory / "origin.json"
-        self._resolved = recipe.model_dump_json(indent=2, exclude={"data": {"source"}}) + "\n"
-        if self._recipe.exists() and not is_recipe(json.loads(self._recipe.read_text()), recipe):
+        self._resolved = resolved(recipe)
+        if self._recipe.exists() and self._begun_recipe(recipe) != self._resolved:
             raise RunError(f"{self.directory} belongs to another recipe; remove it or name this run differently")
+
+    def _begun_recipe(self, recipe: Recipe) -> str | None:
+        """The directory's recipe, resolved today: fields that came later have their defaults. None if it is none."""
+        try:
+            begun = json.loads(self._recipe.read_text())
+            begun["data"]["source"] = recipe.data.source
+            return resolved(type(recipe).model_validate(begun))
+        except (ValueError, KeyError, TypeError):
+            return None
 
     def restore(self, state: Mapping[str, Stateful], origin: Mapping[str, str]) -> int:
         """Create the directory, or load its checkpoint into `state`; returns the number of steps that had made.
@@ -128,6 +127,11 @@ class Run:
             lines = self._metrics.read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
             replace_text(self._metrics, "".join(kept))
+
+
+def resolved(recipe: Recipe) -> str:
+    """A recipe with every default spelt out, without where its data lie: two runs are alike when it is equal."""
+    return recipe.model_dump_json(indent=2, exclude={"data": {"source"}}) + "\n"
 
 
 def fit(

@@ -18,6 +18,8 @@ from training.config import (
     refuse_unknown_layers,
 )
 
+NO_PADDING = {"padding": 0}
+
 
 @pytest.mark.parametrize("command", RECIPES)
 def test_what_a_recipe_says_is_what_is_read(command: str, tmp_path: Path) -> None:
@@ -64,6 +66,22 @@ def test_the_data_source_can_be_given_beside_the_recipe(tmp_path: Path) -> None:
             {"adversarial": {"method": "n-fgsm", "steps": 3}},
             "adversarial.n-fgsm.steps",
             "not permitted",
+        ),
+        ("train-classifier", {"augmentation": {"crop_scale": [0.25, 1]}}, "augmentation", "set padding to 0"),
+        ("train-classifier", {"augmentation": {**NO_PADDING, "crop_scale": [1, 0.5]}}, "augmentation", "in this order"),
+        ("train-classifier", {"augmentation": {"crop_scale": [0, 1]}}, "augmentation.crop_scale.0", "greater than 0"),
+        ("train-classifier", {"augmentation": {"padding": -1}}, "augmentation.padding", "greater than or equal to 0"),
+        ("train-classifier", {"augmentation": {"grey": 1.5}}, "augmentation.grey", "less than or equal to 1"),
+        ("train-classifier", {"augmentation": {"sharpen": 1}}, "augmentation.sharpen", "not permitted"),
+        ("train-classifier", {"augmentation": {"jitter": {"hue": 0.6}}}, "augmentation.jitter.hue", "equal to 0.5"),
+        ("train-classifier", {"augmentation": {"jitter": {"hue": 0.1}}}, "augmentation.jitter.contrast", "required"),
+        ("train-classifier", {"augmentation": {"blur": {"sigma": [2, 1]}}}, "augmentation.blur", "in this order"),
+        ("train-classifier", {"augmentation": {"blur": {"sigma": [0, 1]}}}, "augmentation.blur.sigma.0", "than 0"),
+        (
+            "train-classifier",
+            {"augmentation": {"solarize": {"probability": 0}}},
+            "augmentation.solarize.probability",
+            "greater than 0",
         ),
         ("pretrain-purifier", {"transform": {**TRANSFORM, "transform": "rt1"}}, "transform", "sigma must be 0"),
         ("pretrain-purifier", {"transform": {**TRANSFORM, "cells_per_side": 3}}, "transform", "cells_per_side"),

@@ -173,20 +173,25 @@ def test_another_recipe_in_the_same_directory_is_refused(tmp_path: Path) -> None
     assert Run(tmp_path, RECIPE.model_copy(update={"data": elsewhere})).restore({}, {}) == 0
 
 
-@pytest.mark.parametrize(("lr", "goes_on"), [(RECIPE.lr, True), (2 * RECIPE.lr, False)])
-def test_a_run_of_an_older_version_goes_on_if_what_it_did_is_the_default_now(
-    lr: float, goes_on: bool, tmp_path: Path
-) -> None:
-    Run(tmp_path, RECIPE).restore({}, {})
+def test_a_run_that_was_begun_before_a_recipe_had_a_field_goes_on_with_its_default(tmp_path: Path) -> None:
     path = tmp_path / RECIPE.name / "recipe.json"
-    older = json.loads(path.read_text()) | {"lr": lr}
-    del older["adversarial"]
-    path.write_text(json.dumps(older))
-    if goes_on:
-        assert Run(tmp_path, RECIPE).restore({}, {}) == 0
-    else:
-        with pytest.raises(RunError, match="belongs to another recipe"):
-            Run(tmp_path, RECIPE)
+    Run(tmp_path, RECIPE).restore({}, {})
+    whole = path.read_text()
+    path.write_text(json.dumps({key: value for key, value in json.loads(whole).items() if key != "label_smoothing"}))
+
+    with pytest.raises(RunError, match="belongs to another recipe"):
+        Run(tmp_path, RECIPE.model_copy(update={"label_smoothing": 0.1}))
+    Run(tmp_path, RECIPE).restore({}, {})
+
+    assert path.read_text() == whole
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"data": {}, "surprise": 1}'])
+def test_a_directory_whose_recipe_is_none_is_refused(content: str, tmp_path: Path) -> None:
+    Run(tmp_path, RECIPE).restore({}, {})
+    (tmp_path / RECIPE.name / "recipe.json").write_text(content)
+    with pytest.raises(RunError, match="belongs to another recipe"):
+        Run(tmp_path, RECIPE)
 
 
 def test_a_run_goes_on_only_from_what_it_was_begun_with(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from training.__main__ import main
-from training.config import Recipe
+from training.config import DataRecipe, Recipe
 from training.data import ImageSet
 from training.runs import Run, Task, fit
 
@@ -38,6 +38,33 @@ def color_set(count: int, seed: int = 0) -> ImageSet:
     """The same as an ImageSet."""
     pixels, labels = colors(count, seed)
     return ImageSet(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels), CLASSES)
+
+
+def channels_first(pixels: NDArray[np.uint8]) -> Tensor:
+    """Images (N, H, W, 3) as the loader gives them, (N, 3, H, W)."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+def picture(color: int = 0, side: int = SIDE) -> Image.Image:
+    """A grey square."""
+    return Image.new("RGB", (side, side), (color,) * 3)
+
+
+def recipe_for(
+    source: Path | str, size: int = SIDE, classes: tuple[str, ...] | None = None, label_column: str | None = None
+) -> DataRecipe:
+    """What a recipe says of its data."""
+    return DataRecipe(name="tiny", source=str(source), input_size=size, classes=classes, label_column=label_column)
+
+
+def write_table(
+    folder: Path, columns: Mapping[str, Sequence[object]], features: dict[str, object] | None = None
+) -> Path:
+    """A parquet file `train` of any columns; `img` holds images."""
+    kinds = datasets.Features({"img": datasets.Image(), **features}) if features else None
+    folder.mkdir(exist_ok=True)
+    datasets.Dataset.from_dict(columns, features=kinds).to_parquet(folder / "train-00000-of-00001.parquet")
+    return folder
 
 
 def write_parquet(folder: Path, split: str, pixels: NDArray[np.uint8], labels: list[int]) -> None:
