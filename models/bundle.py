@@ -23,12 +23,14 @@ from models.atop import AtopPurifier, build_inpainter
 from models.classifiers import Classifier, build_classifier
 from models.defense import DefendedClassifier, Purifier, Seed
 from models.files import replace_text
-from models.manifest import AidSpec, AtopSpec, Manifest, ZeroPurSpec
+from models.gate import GatePurifier
+from models.manifest import AidSpec, AtopSpec, AutoSpec, Manifest, ZeroPurSpec
 from models.packed import packed_twin
 from models.zeropur import ZeroPurPurifier
 
 MANIFEST = "bundle.json"
 REPORT = "report.json"
+REPORT_PAGE = "report.html"
 # JSON of a bundle is a few kilobytes; a file far beyond that is not one of ours.
 MAX_JSON_BYTES = 4 * 1024 * 1024
 
@@ -86,8 +88,10 @@ class Bundle:
 
         Raises UnknownDefense for a chain that the bundle does not offer.
         """
-        chain = [self._purifier(name, preset) for name, preset in self.manifest.chain(defense)]
-        return DefendedClassifier(self._packed_classifier, chain, votes=votes, seed=seed).eval()
+        return DefendedClassifier(self._packed_classifier, self._chain(defense), votes=votes, seed=seed).eval()
+
+    def _chain(self, defense: str) -> list[Purifier]:
+        return [self._purifier(name, preset) for name, preset in self.manifest.chain(defense)]
 
     def _purifier(self, name: str, preset: str) -> Purifier:
         spec = self.manifest.defenses.offered()[name]
@@ -98,6 +102,10 @@ class Bundle:
                 return AidPurifier(self.aid, spec.presets[preset])
             case ZeroPurSpec():
                 return ZeroPurPurifier(self._packed_classifier, spec.presets[preset])
+            case AutoSpec() if self.aid is not None:
+                gate = spec.presets[preset]
+                cheap, strong = self._chain(gate.cheap), self._chain(gate.strong)
+                return GatePurifier(self.aid, gate.threshold, cheap=cheap, strong=strong)
         raise BundleError(f"bundle {self.manifest.name} offers {name} but was put together without its network")
 
     @torch.no_grad()
@@ -111,6 +119,17 @@ class Bundle:
         """Probabilities (N, K) behind the chain, averaged over `votes` draws. No gradient is kept."""
         logits: Tensor = self.defended(defense, votes=votes, seed=seed)(images)
         return logits.softmax(1)
+
+    @torch.no_grad()
+    def ran(self, defense: str, images: Tensor) -> list[str]:
+        """For every image (N, 3, H, W), the chain that `auto` chooses for it; any other defense is itself."""
+        (gate,) = self._chain(defense) if defense.partition(":")[0] == "auto" else (None,)
+        if not isinstance(gate, GatePurifier):
+            return [defense] * len(images)
+        ((_, preset),) = self.manifest.chain(defense)
+        assert self.manifest.defenses.auto is not None
+        chains = self.manifest.defenses.auto.presets[preset]
+        return [chains.strong if suspect else chains.cheap for suspect in gate.suspects(images).tolist()]
 
     @torch.no_grad()
     def aid_score(self, images: Tensor) -> Tensor:
@@ -170,17 +189,18 @@ def save_bundle(bundle: Bundle, directory: str | Path) -> None:
     _write_manifest(directory, bundle.manifest.model_copy(update={"files": files}))
 
 
-def write_report(directory: str | Path, report: Mapping[str, object]) -> None:
-    """Put a report into a bundle, in place of an earlier one, and its hash into bundle.json.
+def write_report(directory: str | Path, report: Mapping[str, object], page: str) -> None:
+    """Put a report and its page for people into a bundle, in place of earlier ones, and their hashes into bundle.json.
 
     Whenever this is interrupted the bundle stays sound, if without a report.
     """
     directory = Path(directory)
     manifest = Manifest.model_validate_json(_read_json_bytes(directory, MANIFEST))
-    others = {name: sha256 for name, sha256 in manifest.files.items() if name != REPORT}
-    _write_manifest(directory, manifest.model_copy(update={"files": others}))
-    replace_text(directory / REPORT, json.dumps(report, indent=1) + "\n")
-    files = {**others, REPORT: _sha256(directory / REPORT)}
+    files = {name: sha256 for name, sha256 in manifest.files.items() if name not in (REPORT, REPORT_PAGE)}
+    _write_manifest(directory, manifest.model_copy(update={"files": files}))
+    for name, text in ((REPORT, json.dumps(report, indent=1) + "\n"), (REPORT_PAGE, page)):
+        replace_text(directory / name, text)
+        files = {**files, name: _sha256(directory / name)}
     _write_manifest(directory, manifest.model_copy(update={"files": files}))
 
 

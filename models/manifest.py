@@ -205,12 +205,33 @@ class ZeroPurSpec(Strict):
     presets: dict[str, ZeroPurPreset]
 
 
+class AutoPreset(Strict):
+    """A gate: images that AID scores below `threshold` take the strong chain, all others the cheap one."""
+
+    strong: str
+    cheap: str = "none"
+    threshold: Fraction
+    false_positive_rate: Fraction
+    """Share of clean training images that score below the threshold: how often the strong chain runs for nothing."""
+
+
+class AutoSpec(Strict):
+    """`auto` has no weights of its own: it needs an AID, and the chains of its presets."""
+
+    default_preset: str
+    presets: dict[str, AutoPreset]
+
+
+AnySpec = AtopSpec | AidSpec | ZeroPurSpec | AutoSpec
+
+
 class Defenses(Strict):
     """The defenses that a bundle offers; what is absent is not offered."""
 
     atop: AtopSpec | None = None
     aid: AidSpec | None = None
     zeropur: ZeroPurSpec | None = None
+    auto: AutoSpec | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -219,9 +240,9 @@ class Defenses(Strict):
                 raise ValueError(f"the default preset {spec.default_preset!r} of {name} is not among its presets")
         return self
 
-    def offered(self) -> dict[str, AtopSpec | AidSpec | ZeroPurSpec]:
+    def offered(self) -> dict[str, AnySpec]:
         """Name to spec, of those that are there."""
-        specs = {"atop": self.atop, "aid": self.aid, "zeropur": self.zeropur}
+        specs = {"atop": self.atop, "aid": self.aid, "zeropur": self.zeropur, "auto": self.auto}
         return {name: spec for name, spec in specs.items() if spec is not None}
 
 
@@ -245,6 +266,11 @@ class Manifest(Strict):
     def _check(self) -> Self:
         if [name for name, _ in self.chain(self.default_defense)] == ["zeropur"]:
             raise ValueError("zeropur alone is no default_defense: it turns clean images away from their right answer")
+        for name, gate in (self.defenses.auto.presets if self.defenses.auto else {}).items():
+            if self.defenses.aid is None:
+                raise ValueError("auto needs aid, whose score decides")
+            if any(step == "auto" for chain in (gate.cheap, gate.strong) for step, _ in self.chain(chain)):
+                raise ValueError(f"preset {name} of auto stands behind itself")
         atop = self.defenses.atop
         if atop and any(preset.working_size < max(self.input_size) for preset in atop.presets.values()):
             raise ValueError("the working_size of atop is smaller than the input")
@@ -279,6 +305,8 @@ class Manifest(Strict):
             if name in (known for known, _ in steps):
                 raise UnknownDefense(f"defense {name} stands twice in the chain")
             steps.append((name, preset))
+        if len(steps) > 1 and any(name == "auto" for name, _ in steps):
+            raise UnknownDefense("auto stands alone, not in a chain: its presets name chains")
         return steps
 
     def is_random(self, defense: str) -> bool:
@@ -291,9 +319,11 @@ class Manifest(Strict):
                 return True
             case ZeroPurSpec(presets=presets):
                 return presets[preset].random_start
+            case AutoSpec(presets=gates):
+                return self.is_random(gates[preset].cheap) or self.is_random(gates[preset].strong)
         return False
 
-    def _spec(self, name: str) -> AtopSpec | AidSpec | ZeroPurSpec:
+    def _spec(self, name: str) -> AnySpec:
         offered = self.defenses.offered()
         if name == "none":
             raise UnknownDefense("none stands alone, not in a chain")

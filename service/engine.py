@@ -39,6 +39,9 @@ class LoadedBundle(Protocol):
     def aid_score(self, images: Tensor) -> Tensor:
         """(N,)."""
 
+    def ran(self, defense: str, images: Tensor) -> list[str]:
+        """The chain that ran for each image."""
+
 
 class Engine:
     """Runs batches on `device`. `bundles` maps `name@version` to a bundle that is there already."""
@@ -123,7 +126,10 @@ def _classify(
         undefended = list(bare)
         if bundle.manifest.aid_threshold is not None:
             scores = _on_host(bundle.aid_score(images)).tolist()
-    answers = [Classified(*parts) for parts in zip(probabilities, undefended, scores, strict=True)]
+    ran: Sequence[str | None] = [None] * len(images)
+    if key.defense.startswith("auto"):
+        ran = bundle.ran(key.defense, images)
+    answers = [Classified(*parts) for parts in zip(probabilities, undefended, scores, ran, strict=True)]
     return [answer if _is_finite(answer) else NotFinite() for answer in answers]
 
 

@@ -36,8 +36,8 @@ Votes = Annotated[
     Field(
         ge=1,
         le=MAX_VOTES,
-        description="Random draws whose probabilities are averaged; at most 8 for a random chain with `aid` or "
-        "`zeropur`, which are slow. A defense that draws nothing runs once.",
+        description="Random draws whose probabilities are averaged; at most 8 for a random chain with `aid`, `zeropur` "
+        "or `auto`, which are slow. A defense that draws nothing runs once.",
     ),
 ]
 TopK = Annotated[int | None, Field(ge=1, description="How many classes to list, at most all; 5 if unset.")]

@@ -39,7 +39,7 @@ from service.work import Key, Operation
 
 FRESH_SEEDS = 2**53
 """Seeds that we draw stay below this, so that JSON clients that count in doubles can send them back."""
-SLOW_DEFENSES = frozenset({"aid", "zeropur"})
+SLOW_DEFENSES = frozenset({"aid", "zeropur", "auto"})
 MAX_SLOW_VOTES = 8
 """Of chains with a slow defense: 64 draws would keep the engine from everybody else for minutes."""
 

@@ -209,6 +209,7 @@ def _classify_response(
         model=question.key.model,
         digest=question.bundle.digest,
         defense=question.key.defense,
+        ran=classified.ran or question.key.defense,
         seed=seed,
         label=top[0].label,
         index=top[0].index,

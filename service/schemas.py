@@ -57,6 +57,8 @@ class ClassifyResponse(Wire):
     digest: str
     """sha256 of the bundle's `bundle.json`: which bundle gave this answer."""
     defense: str
+    ran: str
+    """The chain that ran: `defense` itself, or what `auto` chose for this image."""
     seed: int
     """The seed that was used: with it the same image gives the same answer again."""
     label: str

@@ -40,11 +40,13 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Classified:
-    """Probabilities (K,); the two extras only where they were asked for (and the bundle has an AID)."""
+    """Probabilities (K,); the next two only where they were asked for (and the bundle has an AID)."""
 
     probabilities: Floats
     undefended: Floats | None = None
     aid_score: float | None = None
+    ran: str | None = None
+    """The chain that `auto` chose; None where the defense itself ran."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,8 @@ from models.manifest import (
     AidSpec,
     AtopPreset,
     AtopSpec,
+    AutoPreset,
+    AutoSpec,
     BlurSpec,
     ClassifierSpec,
     Defenses,
@@ -81,6 +83,18 @@ def tiny_manifest() -> Manifest:
         ),
         default_defense="atop",
     )
+
+
+def with_auto(bundle: Bundle, threshold: float, *, strong: str = "zeropur", cheap: str = "none") -> Bundle:
+    """The same networks behind a manifest that also offers `auto`."""
+    preset = AutoPreset(strong=strong, cheap=cheap, threshold=threshold, false_positive_rate=0.1)
+    auto = AutoSpec(default_preset="gate", presets={"gate": preset})
+    content = bundle.manifest.model_dump()
+    content["defenses"]["auto"] = auto.model_dump()
+    aid = bundle.aid
+    discriminator = None if aid is None else aid.discriminator
+    manifest = Manifest.model_validate(content)
+    return Bundle(manifest, bundle.classifier, inpainter=bundle.inpainter, discriminator=discriminator)
 
 
 def tiny_bundle() -> Bundle:

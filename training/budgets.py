@@ -28,6 +28,11 @@ class Effort(Strict):
     """How much fooling what the defense looks at counts beside fooling the classifier."""
     iterate_steps: NonNegativeInt = 0
     smooth_steps: NonNegativeInt = 0
+    curve_images: NonNegativeInt = 0
+    """Attacked at every point of the curves: accuracy against eps, and against steps."""
+    curve_eps: tuple[PositiveFloat, ...] = (0.25, 0.5, 1.0, 1.5, 2.0)
+    """Shares of the evaluation's eps."""
+    curve_steps: tuple[PositiveInt, ...] = (1, 5, 20)
     unseen: bool = False
     """Whether level L6 is run: another norm, larger and smaller budgets, moved pixels, a known seed."""
 
@@ -67,6 +72,7 @@ BUDGETS: dict[BudgetName, Budget] = {
             apgd_draws=4,
             square_queries=150,
             aware_steps=10,
+            curve_images=32,
         ),
         descending=Effort(
             images=16,
@@ -98,6 +104,8 @@ BUDGETS: dict[BudgetName, Budget] = {
             apgd_draws=10,
             square_queries=1000,
             aware_steps=50,
+            curve_images=128,
+            curve_steps=(1, 5, 10, 20, 50, 100),
             unseen=True,
         ),
         descending=Effort(
@@ -111,6 +119,7 @@ BUDGETS: dict[BudgetName, Budget] = {
             square_queries=50,
             aware_steps=50,
             aware_weights=(0.1, 1.0, 10.0),
+            curve_images=32,
             iterate_steps=20,
             smooth_steps=10,
             unseen=True,
@@ -132,6 +141,8 @@ BUDGETS: dict[BudgetName, Budget] = {
             apgd_draws=20,
             square_queries=5000,
             aware_steps=100,
+            curve_images=512,
+            curve_steps=(1, 5, 10, 20, 50, 100, 200, 400),
             unseen=True,
         ),
         descending=Effort(
@@ -145,6 +156,8 @@ BUDGETS: dict[BudgetName, Budget] = {
             square_queries=5000,
             aware_steps=100,
             aware_weights=(0.01, 0.1, 1.0, 10.0, 100.0),
+            curve_images=128,
+            curve_steps=(1, 5, 10, 20, 50, 100, 200),
             iterate_steps=100,
             smooth_steps=100,
             unseen=True,

@@ -276,6 +276,14 @@ class AidRecipe(Recipe):
     """Share of clean training images that the bundle's threshold may call suspicious."""
 
 
+class GateRecipe(Strict):
+    """A preset of `auto`: its threshold is that of the AID run at `false_positive_rate`."""
+
+    strong: str
+    cheap: str = "none"
+    false_positive_rate: Fraction
+
+
 class ExportRecipe(Strict):
     """`export`: runs on disk become a bundle."""
 
@@ -290,6 +298,8 @@ class ExportRecipe(Strict):
     aid_default_preset: str = "code"
     zeropur_presets: dict[str, ZeroPurPreset] = Field(default_factory=dict)
     zeropur_default_preset: str = "code"
+    auto_presets: dict[str, GateRecipe] = Field(default_factory=dict)
+    auto_default_preset: str = "zeropur"
     default_defense: str
 
     @model_validator(mode="after")
@@ -298,6 +308,8 @@ class ExportRecipe(Strict):
             raise ValueError("atop_run and atop_presets need each other")
         if (self.aid_run is None) != (not self.aid_presets):
             raise ValueError("aid_run and aid_presets need each other")
+        if self.auto_presets and self.aid_run is None:
+            raise ValueError("auto_presets need an aid_run, whose score decides")
         for name, presets, default in self._offered():
             if presets and default not in presets:
                 raise ValueError(f"{name}_default_preset {default!r} is not among the {name}_presets")
@@ -312,6 +324,7 @@ class ExportRecipe(Strict):
             ("atop", self.atop_presets, self.atop_default_preset),
             ("aid", self.aid_presets, self.aid_default_preset),
             ("zeropur", self.zeropur_presets, self.zeropur_default_preset),
+            ("auto", self.auto_presets, self.auto_default_preset),
         )
 
 

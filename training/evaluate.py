@@ -7,6 +7,7 @@ report, flatter every purifier: their attacker does not know that it is there.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from models import Bundle, load_bundle, write_report
 from models.classifiers import Classifier
+from models.files import replace_text
 from models.randomness import derive_seed, generator_for
 from training import credibility
 from training.attacks.gradients import through
@@ -28,13 +30,16 @@ from training.attacks.looks import Looks
 from training.attacks.threats import assert_in_budget
 from training.config import EvaluateRecipe
 from training.data import DataError, ImageSet, in_batches, load_split
+from training.pictures import Picture, pictures
 from training.plan import GROUPS, Attack, Planner, Subject
 from training.progress import Progress
 from training.provenance import git_commit, hardware, library_versions
+from training.report import page
 
 COST_BATCH = 32
 COST_REPEATS = 5
 HEALTH_IMAGES = 16
+PICTURES = 6
 COSTLY_HEALTH_IMAGES = 8
 HEALTH_STEPS = 8
 
@@ -201,12 +206,27 @@ def measure(evaluation: Evaluation, subject: Subject) -> Entry:
     report = {
         "standard": binomial(float(clean.sum()) / draws, count),
         **cells,
+        "curves": curves(evaluation, subject),
         "worst_case": {**binomial(float(survived.sum()), compared), "over": ["clean", *within]},
         "credible": not reasons,
         "reasons": reasons,
         "cost": round(cost(evaluation.bundle, subject.name), 2),
     }
     return Entry(report, survived)
+
+
+def curves(evaluation: Evaluation, subject: Subject) -> dict[str, list[dict[str, Any]]]:
+    """Accuracy against eps and against steps of the full-gradient attack."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for axis, points in evaluation.planner().curves(subject).items():
+        found[axis] = []
+        with tqdm(total=len(points), desc=f"{subject.name} accuracy against {axis}", unit="point") as bar:
+            for value, attack in points:
+                with tqdm(disable=True) as silent:
+                    right = evaluation.withstood(subject, fitted(attack, len(evaluation.data)), silent)
+                found[axis].append({axis: value, **binomial(float(right.sum()), len(right))})
+                bar.update()
+    return found
 
 
 def planned(evaluation: Evaluation, subject: Subject) -> list[Attack]:
@@ -314,7 +334,8 @@ def forecast(evaluation: Evaluation, subjects: Sequence[Subject]) -> str:
         times, seconds = unit_times(evaluation, subject), dict.fromkeys(levels, 0.0)
         count, draws = clean_work(evaluation, subject)
         seconds["L0"] = count * draws * times.answer
-        for attack in planned(evaluation, subject):
+        points = [attack for axis in evaluation.planner().curves(subject).values() for _, attack in axis]
+        for attack in [*planned(evaluation, subject), *(fitted(attack, len(evaluation.data)) for attack in points)]:
             work = attack.work
             own = 0.0 if attack.shared and subject.purifiers else work.bare * bare
             own += work.looks * times.gradient + work.answers * times.answer
@@ -352,11 +373,11 @@ def unit_times(evaluation: Evaluation, subject: Subject) -> UnitTimes:
 # --- detection
 
 
-def detection(evaluation: Evaluation) -> dict[str, Any]:
-    """How well the AID score tells clean images from attacked ones: AUROC, and rates at the bundle's threshold."""
+def aid_scores(evaluation: Evaluation) -> dict[str, Tensor]:
+    """The AID scores of the clean images and of those of every grey-box attack; nothing without an AID."""
     bundle = evaluation.bundle
-    threshold = bundle.manifest.aid_threshold
-    assert threshold is not None
+    if bundle.aid is None:
+        return {}
     grey_box = evaluation.planner().grey_box(Subject("none", bundle.defended("none")))
     scores: dict[str, Tensor] = {}
     for attack in (None, *(fitted(attack, len(evaluation.data)) for attack in grey_box)):
@@ -366,7 +387,12 @@ def detection(evaluation: Evaluation) -> dict[str, Any]:
             seen = images if attack is None else evaluation.attacked(attack, images, labels, numbers)
             parts.append(bundle.aid_score(seen).cpu())
         scores["clean" if attack is None else attack.name] = torch.cat(parts)
-    clean = scores.pop("clean")
+    return scores
+
+
+def detection(scores: Mapping[str, Tensor], threshold: float) -> dict[str, Any]:
+    """How well the scores tell clean images from attacked ones: AUROC, and rates at the bundle's threshold."""
+    clean = scores["clean"]
     return {
         "threshold": threshold,
         "false_positive_rate": binomial(float((clean < threshold).sum()), len(clean)),
@@ -376,6 +402,7 @@ def detection(evaluation: Evaluation) -> dict[str, Any]:
                 "detected": binomial(float((found < threshold).sum()), len(found)),
             }
             for name, found in scores.items()
+            if name != "clean"
         },
     }
 
@@ -395,7 +422,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a bundle by a recipe and write the report into it, unless `keep_report`; returns the report.
 
-    What was found is kept under `<runs>/evaluations/`, and is not measured again.
+    What was found is kept under `<runs>/evaluations/`, beside a copy of the report, and is not measured again.
 
     Raises BundleError for a bundle that cannot be loaded, UnknownDefense for a defense that it does not offer, and
     DataError for data of other classes or another size than the bundle's.
@@ -413,9 +440,9 @@ def evaluate(
             for name, entry in entries.items()
         },
     }
-    if evaluation.bundle.aid is not None:
-        report["detection"] = detection(evaluation)
-    manifest = evaluation.bundle.manifest
+    manifest, scores = evaluation.bundle.manifest, aid_scores(evaluation)
+    if manifest.aid_threshold is not None:
+        report["detection"] = detection(scores, manifest.aid_threshold)
     report["recipe"] = {
         "command": "python -m training evaluate --recipe FILE --bundle DIRECTORY",
         "bundle": f"{manifest.name}@{manifest.version}",
@@ -431,9 +458,23 @@ def evaluate(
         "hardware": hardware(),
         "wall_s": round(time.monotonic() - started, 1),
     }
+    shown = {subject.name: pictures_of(evaluation, subject) for subject in subjects if subject.purifiers}
+    drawn = page(report, shown, {name: values.tolist() for name, values in scores.items()})
+    replace_text(evaluation.progress.directory / "report.html", drawn)
+    replace_text(evaluation.progress.directory / "report.json", json.dumps(report, indent=1) + "\n")
     if not keep_report:
-        write_report(directory, report)
+        write_report(directory, report, drawn)
     return report
+
+
+def pictures_of(evaluation: Evaluation, subject: Subject) -> list[Picture]:
+    """The first images under the full-gradient attack, stage by stage."""
+    (attack,) = (attack for attack in planned(evaluation, subject) if attack.name == "full")
+    numbers, images, labels = next(evaluation.batches(PICTURES))
+    numbers, images, labels = numbers[:PICTURES], images[:PICTURES], labels[:PICTURES]
+    adversarial = evaluation.attacked(attack, images, labels, numbers)
+    looks = Looks(derive_seed(evaluation.recipe.seed, "pictures"), numbers)
+    return pictures(subject.defended, evaluation.bundle.classes, images, labels, adversarial, looks)
 
 
 def prepare(recipe: EvaluateRecipe, directory: Path, device: torch.device, runs: Path) -> Evaluation:

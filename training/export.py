@@ -9,10 +9,11 @@ from pydantic import ValidationError
 
 from models.bundle import Bundle, save_bundle
 from models.classifiers import Classifier
-from models.manifest import AidSpec, AtopSpec, ClassifierSpec, Defenses, Manifest, ZeroPurSpec
+from models.manifest import AidSpec, AtopSpec, AutoPreset, AutoSpec, ClassifierSpec, Defenses, Manifest, ZeroPurSpec
 from training.config import ExportRecipe, RecipeError, refuse_unknown_layers
 from training.provenance import fingerprint, git_commit, hardware, library_versions
 from training.runs import read_recipe_of, read_summary_of
+from training.train_aid import CALIBRATED_RATES, threshold_name
 from training.trained import trained_classifier, trained_discriminator, trained_inpainter
 
 
@@ -64,7 +65,9 @@ def manifest(recipe: ExportRecipe, runs: Path) -> Manifest:
         classifier=ClassifierSpec(
             architecture=classifier_recipe["architecture"], mirrored=classifier_recipe["mirrored"]
         ),
-        defenses=Defenses(atop=atop(recipe, runs), aid=aid(recipe, runs), zeropur=zeropur(recipe)),
+        defenses=Defenses(
+            atop=atop(recipe, runs), aid=aid(recipe, runs), zeropur=zeropur(recipe), auto=auto(recipe, runs)
+        ),
         default_defense=recipe.default_defense,
         provenance=provenance(recipe, runs),
     )
@@ -95,6 +98,22 @@ def zeropur(recipe: ExportRecipe) -> ZeroPurSpec | None:
     if not recipe.zeropur_presets:
         return None
     return ZeroPurSpec(default_preset=recipe.zeropur_default_preset, presets=recipe.zeropur_presets)
+
+
+def auto(recipe: ExportRecipe, runs: Path) -> AutoSpec | None:
+    """Presets, each with the threshold that the AID run found for its false-positive rate.
+
+    Raises RecipeError for a rate that the run did not calibrate.
+    """
+    if not recipe.auto_presets or recipe.aid_run is None:
+        return None
+    summary, presets = read_summary_of(runs, recipe.aid_run), dict[str, AutoPreset]()
+    for name, gate in recipe.auto_presets.items():
+        if threshold_name(gate.false_positive_rate) not in summary:
+            rates = ", ".join(f"{rate:g}" for rate in CALIBRATED_RATES)
+            raise RecipeError(f"auto_presets.{name}: run {recipe.aid_run} has thresholds at the rates {rates}")
+        presets[name] = AutoPreset(**gate.model_dump(), threshold=summary[threshold_name(gate.false_positive_rate)])
+    return AutoSpec(default_preset=recipe.auto_default_preset, presets=presets)
 
 
 def provenance(recipe: ExportRecipe, runs: Path) -> dict[str, object]:

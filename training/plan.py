@@ -25,6 +25,7 @@ from models.aid import AidPurifier
 from models.atop import AtopPurifier
 from models.classifiers import Classifier
 from models.defense import DefendedClassifier
+from models.gate import GatePurifier
 from models.randomness import derive_seed, generator_for
 from models.zeropur import ZeroPurPurifier
 from training.attacks import by_autoattack, by_foolbox, gradients, unrolled
@@ -86,8 +87,9 @@ class Subject:
 
     @property
     def descends(self) -> bool:
-        """Whether an answer takes gradients, which makes it a hundred times as costly."""
-        return any(isinstance(purifier, AidPurifier | ZeroPurPurifier) for purifier in self.purifiers)
+        """Whether an answer can take gradients, which makes it a hundred times as costly."""
+        parts = (part for purifier in self.purifiers for part in purifier.modules())
+        return any(isinstance(part, AidPurifier | ZeroPurPurifier) for part in parts)
 
 
 @dataclass(frozen=True)
@@ -265,7 +267,7 @@ class Planner:
     def aware(self, purifier: nn.Module, weight: float, effort: Effort) -> list[Attack]:
         """Attacks that fool the classifier while the defense sees nothing to do."""
         steps = effort.aware_steps
-        if isinstance(purifier, AidPurifier):
+        if isinstance(purifier, AidPurifier | GatePurifier):  # an image that looks natural passes the gate
             aid = purifier.aid
             return self.climbs(
                 f"aware_{weight:g}",
@@ -381,6 +383,34 @@ class Planner:
         work, threat = Work(bare=DI2_STEPS), Linf(self.eps)
         found.append(Attack("di2", "L6", {"steps": DI2_STEPS}, effort.images, di2, threat, work, shared=True))
         return found
+
+    def curves(self, subject: Subject) -> dict[str, list[tuple[float, Attack]]]:
+        """The full-gradient attack at several eps, and with several numbers of steps: value and attack."""
+        effort, defended = self.effort(subject), subject.defended
+        if not effort.curve_images:
+            return {}
+        draws = self.draws(subject, effort.full_draws)
+
+        def point(name: str, eps: float, steps: int) -> Attack:
+            (attack,) = self.climbs(
+                name,
+                "L6",
+                effort,
+                steps,
+                lambda labels, looks: gradients.through(defended, labels, looks, draws=draws),
+                Work(looks=1),
+                threat=Linf(eps),
+                draws=draws,
+            )
+            return replace(attack, images=effort.curve_images)
+
+        usual = max(1, effort.full_steps)
+        return {
+            "eps": [
+                (share * self.eps, point(f"curve_eps_{share:g}", share * self.eps, usual)) for share in effort.curve_eps
+            ],
+            "steps": [(steps, point(f"curve_steps_{steps}", self.eps, steps)) for steps in effort.curve_steps],
+        }
 
     def attacks(self, subject: Subject) -> list[Attack]:
         """All of them, level by level."""

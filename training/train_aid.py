@@ -22,6 +22,12 @@ from training.trained import refuse_other_data, trained_classifier
 
 # A quantile at 5 % of 10,000 scores has a standard error of 0.2 points.
 CALIBRATION_IMAGES = 10_000
+CALIBRATED_RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
+
+
+def threshold_name(rate: float) -> str:
+    """What the run's summary calls the threshold at a false-positive rate."""
+    return f"threshold_at_{rate:g}"
 
 
 class AidTraining:
@@ -74,12 +80,16 @@ class AidTraining:
         )
 
     def summarize(self) -> dict[str, float]:
-        """The threshold below which `false_positive_rate` of the clean training images score."""
+        """Thresholds: below each, its share of the clean training images scores.
+
+        `threshold` is that of the recipe's `false_positive_rate`; the others are what `export` offers to `auto`.
+        """
         aid = Aid(self.classifier, self.discriminator.eval(), self.recipe.discriminator.taps)
         clean = self.batches.data.subset(torch.arange(min(CALIBRATION_IMAGES, len(self.batches.data))))
         with torch.no_grad():
             scores = torch.cat([aid(images) for images, _ in in_batches(clean, 500, self.device)])
-        return {"threshold": scores.quantile(self.recipe.false_positive_rate).item()}
+        at = {threshold_name(rate): scores.quantile(rate).item() for rate in CALIBRATED_RATES}
+        return {"threshold": scores.quantile(self.recipe.false_positive_rate).item(), **at}
 
 
 def avmixup(images: Tensor, adversarial: Tensor, *, gamma: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -177,19 +177,23 @@ def test_a_version_once_written_does_not_change(saved: Path) -> None:
 
 def test_a_report_joins_the_bundle_and_its_hashes(saved: Path) -> None:
     before = load_bundle(saved)
-    write_report(saved, {"undefended": {"standard": 1}})
+    write_report(saved, {"undefended": {"standard": 1}}, "<p>one</p>")
     after = load_bundle(saved)
 
     assert before.report == {}
     assert after.report == {"undefended": {"standard": 1}}
     assert before.digest != after.digest
+    assert (saved / "report.html").read_text() == "<p>one</p>"
+    (saved / "report.html").write_text("<p>another</p>")
+    with pytest.raises(BundleError, match=r"report\.html"):
+        load_bundle(saved)
 
 
-@pytest.mark.parametrize("moves", [0, 1, 2])
+@pytest.mark.parametrize("moves", [0, 1, 2, 3])
 def test_a_report_that_is_interrupted_leaves_a_sound_bundle(
     saved: Path, moves: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_report(saved, {"undefended": {"standard": 1}})
+    write_report(saved, {"undefended": {"standard": 1}}, "<p>one</p>")
     replace, left = os.replace, iter(range(moves))
 
     def replace_or_die(source: Path, target: Path) -> None:
@@ -199,11 +203,11 @@ def test_a_report_that_is_interrupted_leaves_a_sound_bundle(
 
     monkeypatch.setattr(os, "replace", replace_or_die)
     with pytest.raises(KeyboardInterrupt):
-        write_report(saved, {"undefended": {"standard": 2}})
+        write_report(saved, {"undefended": {"standard": 2}}, "<p>two</p>")
     monkeypatch.undo()
 
     assert load_bundle(saved).report in ({}, {"undefended": {"standard": 1}})
-    write_report(saved, {"undefended": {"standard": 2}})
+    write_report(saved, {"undefended": {"standard": 2}}, "<p>two</p>")
     assert load_bundle(saved).report == {"undefended": {"standard": 2}}
 
 

@@ -21,6 +21,8 @@ from models.manifest import (
     AidSpec,
     AtopPreset,
     AtopSpec,
+    AutoPreset,
+    AutoSpec,
     BlurSpec,
     ClassifierSpec,
     Defenses,
@@ -49,10 +51,11 @@ FATAL_VALUE = 3
 """An image whose first sample is this ends the engine thread."""
 
 
-def fake_manifest(name: str = "colors", version: str = "1", *, aid: bool = True) -> Manifest:
+def fake_manifest(name: str = "colors", version: str = "1", *, aid: bool = True, auto: bool = False) -> Manifest:
     """Three colors at 8 × 8, every defense."""
     rt3 = AtopPreset(transform="rt3", working_size=SIDE, sigma=0.25, cells_per_side=4)
     rt1 = AtopPreset(transform="rt1", working_size=SIDE, sigma=0.0, cells_per_side=4)
+    gate = AutoPreset(strong="zeropur", threshold=0.2, false_positive_rate=0.01)
     coarse = ZeroPurPreset(blur=BlurSpec(kind="median", size=3), fine_steps=0)
     return Manifest(
         name=name,
@@ -68,6 +71,7 @@ def fake_manifest(name: str = "colors", version: str = "1", *, aid: bool = True)
             ),
             aid=AidSpec(taps=("a", "b"), presets={"code": AidPreset()}) if aid else None,
             zeropur=ZeroPurSpec(default_preset="coarse", presets={"coarse": coarse}),
+            auto=AutoSpec(default_preset="zeropur", presets={"zeropur": gate}) if auto else None,
         ),
         default_defense="atop",
     )
@@ -109,6 +113,12 @@ class FakeBundle:
         """(N,)."""
         self._begin(images)
         return torch.where(_marked(images, NAN_SCORE_VALUE), torch.nan, images.mean((1, 2, 3)))
+
+    def ran(self, defense: str, images: Tensor) -> list[str]:
+        """`auto` takes the strong chain for dark images."""
+        if defense != "auto":
+            return [defense] * len(images)
+        return ["zeropur" if mean < 0.2 else "none" for mean in images.mean((1, 2, 3)).tolist()]
 
     def _begin(self, images: Tensor) -> None:
         self.batches.append(len(images))

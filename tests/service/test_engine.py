@@ -56,6 +56,13 @@ def test_explain_adds_the_undefended_answer_and_the_score() -> None:
     assert answer.aid_score == pytest.approx(to_floats(green()).mean(), abs=1e-5)
 
 
+def test_auto_says_which_chain_ran_for_each_image_and_others_do_not() -> None:
+    dark = np.full_like(green(), 40)
+    answers = run(Key(Operation.CLASSIFY, NAME, "auto"), [green(), dark], [0, 0], FakeBundle())
+    answers += run(Key(Operation.CLASSIFY, NAME, "atop"), [green()], [0], FakeBundle())
+    assert [answer.ran for answer in answers if isinstance(answer, Classified)] == ["none", "zeropur", None]
+
+
 def test_explain_without_a_detector_has_no_score() -> None:
     bundle = FakeBundle(fake_manifest(aid=False))
     (answer,) = run(Key(Operation.CLASSIFY, NAME, explain=True), [green()], [0], bundle)

@@ -35,7 +35,7 @@ from tests.service.fakes import (
 
 GOOD = png(green())
 ANSWER = {
-    "request_id", "model", "digest", "defense", "seed", "label", "index", "probability", "top", "undefended",
+    "request_id", "model", "digest", "defense", "ran", "seed", "label", "index", "probability", "top", "undefended",
     "aid_score", "suspicious", "timing_ms",
 }  # fmt: skip
 
@@ -43,7 +43,12 @@ ANSWER = {
 def test_classify_answers_what_the_contract_says(service: Running) -> None:
     answer = service.client.post("/classify?defense=none", content=GOOD).json()
     assert set(answer) == ANSWER
-    assert (answer["model"], answer["defense"], answer["digest"]) == ("colors@1", "none", "d" * 64)
+    assert (answer["model"], answer["defense"], answer["ran"], answer["digest"]) == (
+        "colors@1",
+        "none",
+        "none",
+        "d" * 64,
+    )
     assert (answer["label"], answer["index"]) == ("green", 1)
     assert [verdict["label"] for verdict in answer["top"]] == ["green", "red", "blue"]
     assert answer["probability"] == answer["top"][0]["probability"]
@@ -52,6 +57,13 @@ def test_classify_answers_what_the_contract_says(service: Running) -> None:
     assert set(answer["timing_ms"]) == {"decode", "queue", "inference", "total"}
     parts = [answer["timing_ms"][stage] for stage in ("decode", "queue", "inference")]
     assert answer["timing_ms"]["total"] >= max(parts)
+
+
+def test_auto_says_which_chain_an_image_got() -> None:
+    images = (GOOD, png(np.full((8, 8, 3), 40, np.uint8)))
+    with running(FakeBundle(fake_manifest(auto=True))) as server:
+        answers = [server.client.post("/classify?defense=auto", content=image).json() for image in images]
+    assert [(answer["defense"], answer["ran"]) for answer in answers] == [("auto", "none"), ("auto", "zeropur")]
 
 
 def test_the_default_defense_is_the_bundles(service: Running) -> None:

@@ -29,6 +29,7 @@ from training.evaluate import (
     Entry,
     Evaluation,
     against_static,
+    aid_scores,
     auroc,
     below,
     binomial,
@@ -238,20 +239,25 @@ def test_images_that_attack_the_classifier_are_made_once_for_all_defenses(
     assert calls == [4, 4, 2]
 
 
-def test_detection_counts_what_scores_below_the_threshold(finished: Workshop, tmp_path: Path) -> None:
-    bundle, data = load_bundle(finished.bundle), color_set(10)
-    evaluation = evaluation_of(bundle, data, tmp_path)
-    threshold = bundle.manifest.aid_threshold
-    assert threshold is not None
-    scores = torch.cat([bundle.aid_score(images) for _, images, _ in evaluation.batches(10)])
+def test_the_scores_are_those_of_clean_and_of_grey_box_images(finished: Workshop, tmp_path: Path) -> None:
+    bundle = load_bundle(finished.bundle)
+    evaluation = evaluation_of(bundle, color_set(10), tmp_path)
+    scores = aid_scores(evaluation)
+    assert scores.keys() == {"clean", "fgsm", "pgd3"}
+    expected = torch.cat([bundle.aid_score(images) for _, images, _ in evaluation.batches(10)])
+    assert torch.equal(scores["clean"], expected)
+    assert not torch.equal(scores["fgsm"], expected)
+    assert aid_scores(evaluation_of(bundle_of(color_classifier()), color_set(4), tmp_path)) == {}
 
-    found = detection(evaluation)
 
-    assert found["threshold"] == threshold
-    assert found["false_positive_rate"]["accuracy"] == int((scores < threshold).sum()) / 10
-    assert found["attacks"].keys() == {"fgsm", "pgd3"}
-    assert found["attacks"]["fgsm"]["detected"]["n"] == 10
-    assert 0 <= found["attacks"]["fgsm"]["auroc"] <= 1
+def test_detection_counts_what_scores_below_the_threshold() -> None:
+    clean, attacked = torch.tensor([0.9, 0.8, 0.7, 0.2]), torch.tensor([0.1, 0.75])
+    found = detection({"clean": clean, "pgd": attacked}, 0.5)
+    assert found["threshold"] == 0.5
+    assert (found["false_positive_rate"]["accuracy"], found["false_positive_rate"]["n"]) == (0.25, 4)
+    assert found["attacks"].keys() == {"pgd"}
+    assert found["attacks"]["pgd"]["auroc"] == 6 / 8
+    assert found["attacks"]["pgd"]["detected"]["accuracy"] == 0.5
 
 
 # Which attacks
@@ -361,7 +367,7 @@ def test_the_forecast_has_every_defense_and_level_and_a_sum(finished: Workshop, 
 
 def test_without_names_every_defense_of_the_bundle_is_measured(finished: Workshop, tmp_path: Path) -> None:
     evaluation = evaluation_of(load_bundle(finished.bundle), color_set(20), tmp_path, defenses=())
-    assert [subject.name for subject in evaluation.subjects()] == ["none", "atop", "aid", "zeropur"]
+    assert [subject.name for subject in evaluation.subjects()] == ["none", "atop", "aid", "zeropur", "auto"]
 
 
 def test_the_report_says_how_to_get_it_again(finished: Workshop) -> None:

@@ -53,6 +53,19 @@ def test_the_manifest_says_what_the_recipe_and_the_runs_say(finished: Workshop) 
     assert manifest.defenses.aid.taps == ("stage1", "stage3")
     assert manifest.defenses.zeropur is not None
     assert manifest.defenses.zeropur.presets["code"].fine_layers == ("stage2",)
+    assert manifest.defenses.auto is not None
+    gate = manifest.defenses.auto.presets["zeropur"]
+    assert (gate.strong, gate.cheap, gate.false_positive_rate) == ("zeropur", "none", 0.05)
+    assert gate.threshold == read_summary_of(finished.runs, "aid")["threshold_at_0.05"]
+
+
+def test_a_gate_at_a_rate_that_was_not_calibrated_is_refused(
+    finished: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gates = {"zeropur": {"strong": "zeropur", "false_positive_rate": 0.03}}
+    assert finished.run("export", {"version": "9", "auto_presets": gates}) == 2
+    assert "run aid has thresholds at the rates 0.001, " in capsys.readouterr().err
+    assert not (finished.bundle.parent / "9").exists()
 
 
 def test_the_provenance_is_enough_to_make_the_bundle_again(finished: Workshop) -> None:
@@ -83,6 +96,7 @@ def test_a_bundle_may_offer_zeropur_alone(finished: Workshop) -> None:
         "atop_presets": None,
         "aid_run": None,
         "aid_presets": None,
+        "auto_presets": None,
         "zeropur_presets": {"code": {"blur": {"kind": "median", "size": 3}, "fine_steps": 0}},
         "default_defense": "none",
     }

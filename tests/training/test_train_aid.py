@@ -16,7 +16,7 @@ from training.attacks.pgd import pgd_linf
 from training.config import AidRecipe
 from training.data import to_float
 from training.evaluate import auroc
-from training.train_aid import AidTraining, avmixup
+from training.train_aid import CALIBRATED_RATES, AidTraining, avmixup, threshold_name
 from training.trained import frozen
 
 CPU = torch.device("cpu")
@@ -111,8 +111,12 @@ def test_the_threshold_is_the_quantile_of_the_clean_images_scores(rate: float) -
     with torch.no_grad():
         scores = aid(to_float(task.batches.data.images, CPU)).numpy()
 
-    threshold = task.summarize()["threshold"]
+    found = task.summarize()
+    threshold = found["threshold"]
 
+    for calibrated in CALIBRATED_RATES:
+        expected = float(np.quantile(scores, calibrated))
+        assert found[threshold_name(calibrated)] == pytest.approx(expected, abs=1e-6)
     assert threshold == pytest.approx(float(np.quantile(scores, rate)), abs=1e-6)
     assert (scores < threshold).mean() == pytest.approx(rate, abs=1 / 64)
 

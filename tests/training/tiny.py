@@ -159,6 +159,7 @@ RECIPES: dict[str, dict[str, Any]] = {
                 "fine_layers": ["stage2"],
             }
         },
+        "auto_presets": {"zeropur": {"strong": "zeropur", "false_positive_rate": 0.05}},
         "default_defense": "atop",
     },
     "evaluate": {

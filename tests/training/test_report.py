@@ -1,0 +1,169 @@
+"""The page that people read: whole, self-contained, and true to the report."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.networks import SIZE, tiny_bundle
+from tests.training.tiny import Workshop
+from training.attacks.looks import Looks
+from training.pictures import Picture, data_url, magnified, pictures
+from training.report import curve, histogram, page
+
+
+def report_of(workshop: Workshop) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((workshop.bundle / "report.json").read_text())
+    return report
+
+
+def page_of(workshop: Workshop) -> str:
+    return (workshop.bundle / "report.html").read_text()
+
+
+class Outline(HTMLParser):
+    """Tags that are open, and everything that a tag refers to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.references: list[str] = []
+        self.headings = ""
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "img", "br", "link", "path", "use", "rect"):
+            self.open.append(tag)
+        self.references += [value for name, value in attributes if name in ("src", "href", "xlink:href") and value]
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.references += [value for name, value in attributes if name in ("src", "href", "xlink:href") and value]
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("h1", "h2", "h3"):
+            self.headings += f"{data.strip()}|"
+
+
+def test_the_page_needs_nothing_else(finished: Workshop) -> None:
+    outline = Outline()
+    outline.feed(page_of(finished))
+    assert outline.open == []  # every tag is closed
+    assert outline.references
+    assert all(reference.startswith(("data:image/png;base64,", "#")) for reference in outline.references)
+    assert "<script" not in page_of(finished)
+
+
+def test_the_page_says_what_the_report_says(finished: Workshop) -> None:
+    report, text = report_of(finished), page_of(finished)
+    assert "Robustness of colors@1" in text
+    for row in (report["undefended"], *report["defenses"].values()):
+        assert f'<td class="worst">{100 * row["worst_case"]["accuracy"]:.1f}<' in text
+        for cell in (*row["grey_box"].values(), *row["adaptive"].values()):
+            low, high = (100 * end for end in cell["interval"])
+            assert f"{low:.1f} to {high:.1f}" in text
+        for reason in row["reasons"]:
+            assert reason in text
+    assert text.count("not credible") >= sum(not row["credible"] for row in report["defenses"].values())
+    outline = Outline()
+    outline.feed(text)
+    for name in ("undefended", "atop", "atop:rt3", "aid", "zeropur", "Pictures", "What AID sees"):
+        assert name in outline.headings
+
+
+def test_text_from_a_bundle_cannot_become_markup(finished: Workshop) -> None:
+    report = report_of(finished)
+    report["recipe"]["bundle"] = "<b>bold</b>@1"
+    report["undefended"]["reasons"] = ["<script>alert(1)</script>"]
+    text = page(report, {}, {"clean": [0.5]})
+    assert "<b>bold" not in text
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+
+
+def test_a_bundle_without_a_detector_has_a_page_too(finished: Workshop) -> None:
+    report = {key: value for key, value in report_of(finished).items() if key != "detection"}
+    assert "What AID sees" not in page(report, {}, {})
+
+
+def row_with(curves: dict[str, Any]) -> dict[str, Any]:
+    return {"curves": curves}
+
+
+def test_curves_are_drawn_for_the_rows_that_have_them() -> None:
+    point = {"accuracy": 0.5, "interval": [0.4, 0.6], "n": 10}
+    rows = {
+        "one": row_with({"eps": [{"eps": 0.01, **point}, {"eps": 0.03, **point}]}),
+        "two": row_with({}),
+    }
+    drawn = curve(rows, "eps")
+    assert drawn.startswith("<svg")
+    assert ">one<" in drawn
+    assert ">two<" not in drawn
+    assert curve(rows, "steps") == ""
+    assert drawn == curve(rows, "eps")
+
+
+def test_the_histogram_names_what_it_shows() -> None:
+    drawn = histogram({"clean": [0.9, 0.8], "pgd20": [0.1, 0.2]}, 0.5)
+    for name in ("clean", "pgd20", "threshold"):
+        assert f">{name}<" in drawn
+
+
+# Pictures
+
+
+def decoded(url: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    data = base64.b64decode(url.removeprefix("data:image/png;base64,"))
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def test_a_picture_is_the_image() -> None:
+    image = torch.rand(3, 5, 7, generator=torch.Generator().manual_seed(0))
+    expected = (255 * image).round().byte().permute(1, 2, 0).numpy()
+    assert np.array_equal(decoded(data_url(image)), expected)
+
+
+def test_differences_are_magnified_around_grey() -> None:
+    difference = torch.tensor([0.0, 0.05, -0.05, 1.0, -1.0])
+    torch.testing.assert_close(magnified(difference), torch.tensor([0.5, 0.7, 0.3, 1.0, 0.0]))
+
+
+@pytest.mark.parametrize("defense", ["atop:rt2", "zeropur"])
+def test_every_stage_is_shown_with_what_is_read_in_it(defense: str) -> None:
+    bundle = tiny_bundle()
+    defended = bundle.defended(defense)
+    images = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    adversarial = (images + 0.05).clamp(0, 1)
+    labels = torch.tensor([1, 3])
+
+    first, _ = pictures(defended, bundle.classes, images, labels, adversarial, Looks(5, range(2)))
+
+    purified = defended.purify(adversarial, Looks(5, range(2)).next())
+    assert first.label == "b"
+    assert np.array_equal(decoded(first.original), decoded(data_url(images[0])))
+    assert np.array_equal(decoded(first.purified), decoded(data_url(purified[0])))
+    assert np.array_equal(decoded(first.correction), decoded(data_url(magnified(purified[0] - adversarial[0]))))
+    assert first.read_purified == bundle.classes[int(defended.classifier(purified)[0].argmax())]
+    assert (first.transformed is not None) == (defense == "atop:rt2")
+    if first.transformed is not None:
+        shown = decoded(first.transformed)
+        assert (shown == 128).all(-1).mean() == pytest.approx(0.25, abs=0.05)  # what is hidden is mid-grey
+
+
+def test_every_field_of_a_picture_is_on_the_page(finished: Workshop) -> None:
+    text = page_of(finished)
+    shown = len(re.findall(r'alt="original"', text))
+    assert shown == 4 * 4  # four defenses, the four images of a batch
+    assert len(Picture.__dataclass_fields__) == 10
