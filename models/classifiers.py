@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models.resnet import resnet
+from models.resnet9 import resnet9
 from models.speednet import speednet
 from models.vgg import vgg19
 from models.wideresnet import wideresnet
@@ -200,6 +201,8 @@ ARCHITECTURES: Mapping[str, Callable[[int, int], dict[str, nn.Module]]] = {
     "wrn-16-4": lambda classes, size: wideresnet(16, 4, classes, size),
     "wrn-28-2": lambda classes, size: wideresnet(28, 2, classes, size),
     "vgg19": lambda classes, size: vgg19(classes, size),
+    "resnet9": lambda classes, size: resnet9(64, classes, size),
+    "resnet9-half": lambda classes, size: resnet9(32, classes, size),
     "speednet": lambda classes, size: speednet(classes, size),
 }
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from models.manifest import Strict
 
+GreyBoxName = Annotated[str, Field(pattern=r"^(fgsm|pgd[1-9][0-9]{0,3}|mim|deepfool|cw|di2|pgd_l2|autoattack)$")]
+"""An attack on the classifier alone; `pgd` takes its number of steps."""
 BudgetName = Literal["quick", "standard", "paper"]
 
 
@@ -46,10 +48,10 @@ class Budget(Strict):
     grey_box_images: PositiveInt
     costly_images: PositiveInt
     """Images for the defenses that descend at test time (AID, ZeroPur), clean and grey-box."""
-    grey_box_steps: PositiveInt = 20
-    grey_box_step_size: PositiveFloat = 2 / 255
-    autoattack_images: NonNegativeInt = 0
-    """How many of them AutoAttack `standard` attacks, on the classifier alone."""
+    grey_box: tuple[GreyBoxName, ...] = ("fgsm", "pgd20")
+    """The attacks of L1, see `training/grey_box.py`."""
+    autoattack_images: PositiveInt = 512
+    """How many of them AutoAttack attacks, if it is among those."""
     one_pass: Effort
     """For the bare classifier and for defenses that purify in one pass (AToP)."""
     descending: Effort
@@ -93,7 +95,7 @@ BUDGETS: dict[BudgetName, Budget] = {
         clean_draws=5,
         grey_box_images=2000,
         costly_images=512,
-        autoattack_images=512,
+        grey_box=("fgsm", "pgd20", "autoattack"),
         one_pass=Effort(
             images=512,
             bpda_steps=50,
@@ -130,7 +132,7 @@ BUDGETS: dict[BudgetName, Budget] = {
         clean_draws=5,
         grey_box_images=10_000,
         costly_images=512,
-        autoattack_images=512,
+        grey_box=("fgsm", "pgd20", "autoattack"),
         one_pass=Effort(
             images=512,
             bpda_steps=100,

@@ -15,6 +15,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -335,12 +336,27 @@ class EvaluateRecipe(Strict):
     data: DataRecipe
     defenses: tuple[str, ...] = ()
     """Which ones; none given: every defense of the bundle at its default preset."""
+    grey_box_only: tuple[str, ...] = ()
+    """Further ones, of which only L0 and L1 are measured: they have no worst case and are not credible."""
     eps: PositiveFloat = 8 / 255
     budget: BudgetName | Budget = "standard"
     """A name (see `training/budgets.py`), or every number spelt out."""
     batch_size: PositiveInt = 64
     transfer_from: tuple[str, ...] = ()
     """Bundles on disk whose classifiers' adversarial images are tried as well."""
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _check_name(cls, budget: object) -> object:
+        if isinstance(budget, str) and budget not in BUDGETS:
+            raise ValueError(f"a budget is {', '.join(BUDGETS)}, or a table that spells every number out")
+        return budget
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if both := set(self.defenses) & set(self.grey_box_only):
+            raise ValueError(f"{', '.join(sorted(both))}: in defenses and in grey_box_only")
+        return self
 
     @property
     def effort(self) -> Budget:

@@ -19,6 +19,7 @@ from training.attacks.looks import Looks, seen
 from training.attacks.pgd import ascend, cross_entropy
 from training.attacks.threats import Linf
 
+NOT_ADAPTIVE = "no attack that knows the defense was run"
 ZERO_SHARE = 0.01
 """Of input gradients that may be exactly zero, among the values that no clip to [0, 1] comes near."""
 FREE = (0.1, 0.9)
@@ -120,7 +121,7 @@ def order_of_attacks(
 
     white_box = [name for name in right if levels[name] in ("L2", "L3", "L4")]
     if not white_box:
-        return ["no attack that knows the defense was run"]
+        return [NOT_ADAPTIVE]
     best, found = accuracy(white_box), list[str]()
     weaker = {name: accuracy([name]) for name in right if levels[name] in ("L1", "L5")}
     for name, left in weaker.items():

@@ -27,7 +27,7 @@ from models.randomness import derive_seed, generator_for
 from training import credibility
 from training.attacks.gradients import through
 from training.attacks.looks import Looks
-from training.attacks.threats import assert_in_budget
+from training.attacks.threats import Linf, assert_in_budget
 from training.config import EvaluateRecipe
 from training.data import DataError, ImageSet, in_batches, load_split
 from training.pictures import Picture, pictures
@@ -79,7 +79,7 @@ class Evaluation:
         """The bare classifier, then the defenses. Raises UnknownDefense for one that the bundle does not offer."""
         manifest = self.bundle.manifest
         named = self.recipe.defenses or tuple(manifest.defenses.offered())
-        names = dict.fromkeys(["none", *(manifest.resolve(name) and name for name in named)])
+        names = dict.fromkeys(["none", *named, *self.recipe.grey_box_only])
         return [Subject(name, self.bundle.defended(name)) for name in names]
 
     def planner(self) -> Planner:
@@ -183,6 +183,7 @@ class Entry:
 def measure(evaluation: Evaluation, subject: Subject) -> Entry:
     """Run every attack of the plan on one defense."""
     attacks = planned(evaluation, subject)
+    adaptive = any(attack.level != "L1" for attack in attacks)
     count, draws = clean_work(evaluation, subject)
     clean = evaluation.clean(subject, count, draws)
     right = dict[str, Tensor]()
@@ -191,10 +192,13 @@ def measure(evaluation: Evaluation, subject: Subject) -> Entry:
             right[attack.name] = evaluation.withstood(subject, attack, bar)
 
     levels = {attack.name: attack.level for attack in attacks}
-    within = [name for name, level in levels.items() if level != "L6"]
+    same = Linf(evaluation.recipe.eps)
+    within = [attack.name for attack in attacks if attack.level != "L6" and attack.threat == same]
     compared = min(count, *(len(right[name]) for name in within))
     survived = torch.stack([clean[0][:compared], *(right[name][:compared] for name in within)]).all(0)
-    reasons = doubts(evaluation, subject, {name: right[name] for name in within}, levels, clean[0], compared)
+    reasons = [credibility.NOT_ADAPTIVE]
+    if adaptive:
+        reasons = doubts(evaluation, subject, {name: right[name] for name in within}, levels, clean[0], compared)
     cells: dict[str, dict[str, Any]] = {group: {} for group in ("grey_box", "adaptive", "unseen")}
     for attack in attacks:
         settings = {"settings": dict(attack.settings)} if attack.settings else {}
@@ -207,7 +211,7 @@ def measure(evaluation: Evaluation, subject: Subject) -> Entry:
         "standard": binomial(float(clean.sum()) / draws, count),
         **cells,
         "curves": curves(evaluation, subject),
-        "worst_case": {**binomial(float(survived.sum()), compared), "over": ["clean", *within]},
+        "worst_case": {**binomial(float(survived.sum()), compared), "over": ["clean", *within]} if adaptive else None,
         "credible": not reasons,
         "reasons": reasons,
         "cost": round(cost(evaluation.bundle, subject.name), 2),
@@ -218,6 +222,8 @@ def measure(evaluation: Evaluation, subject: Subject) -> Entry:
 def curves(evaluation: Evaluation, subject: Subject) -> dict[str, list[dict[str, Any]]]:
     """Accuracy against eps and against steps of the full-gradient attack."""
     found: dict[str, list[dict[str, Any]]] = {}
+    if subject.name in evaluation.recipe.grey_box_only:
+        return found
     for axis, points in evaluation.planner().curves(subject).items():
         found[axis] = []
         with tqdm(total=len(points), desc=f"{subject.name} accuracy against {axis}", unit="point") as bar:
@@ -231,7 +237,10 @@ def curves(evaluation: Evaluation, subject: Subject) -> dict[str, list[dict[str,
 
 def planned(evaluation: Evaluation, subject: Subject) -> list[Attack]:
     """Every attack on a defense, on no more images than there are."""
-    return [fitted(attack, len(evaluation.data)) for attack in evaluation.planner().attacks(subject)]
+    planner = evaluation.planner()
+    only_grey = subject.name in evaluation.recipe.grey_box_only
+    attacks = planner.grey_box(subject) if only_grey else planner.attacks(subject)
+    return [fitted(attack, len(evaluation.data)) for attack in attacks]
 
 
 def clean_work(evaluation: Evaluation, subject: Subject) -> tuple[int, int]:
@@ -334,7 +343,8 @@ def forecast(evaluation: Evaluation, subjects: Sequence[Subject]) -> str:
         times, seconds = unit_times(evaluation, subject), dict.fromkeys(levels, 0.0)
         count, draws = clean_work(evaluation, subject)
         seconds["L0"] = count * draws * times.answer
-        points = [attack for axis in evaluation.planner().curves(subject).values() for _, attack in axis]
+        curved = {} if subject.name in evaluation.recipe.grey_box_only else evaluation.planner().curves(subject)
+        points = [attack for axis in curved.values() for _, attack in axis]
         for attack in [*planned(evaluation, subject), *(fitted(attack, len(evaluation.data)) for attack in points)]:
             work = attack.work
             own = 0.0 if attack.shared and subject.purifiers else work.bare * bare
@@ -437,6 +447,8 @@ def evaluate(
         "undefended": static.report,
         "defenses": {
             name: {**entry.report, "against_static": against_static(entry.survived, static.survived)}
+            if entry.report["worst_case"]
+            else entry.report
             for name, entry in entries.items()
         },
     }
@@ -458,7 +470,8 @@ def evaluate(
         "hardware": hardware(),
         "wall_s": round(time.monotonic() - started, 1),
     }
-    shown = {subject.name: pictures_of(evaluation, subject) for subject in subjects if subject.purifiers}
+    attacked = [subject for subject in subjects if subject.purifiers and subject.name not in recipe.grey_box_only]
+    shown = {subject.name: pictures_of(evaluation, subject) for subject in attacked}
     drawn = page(report, shown, {name: values.tolist() for name, values in scores.items()})
     replace_text(evaluation.progress.directory / "report.html", drawn)
     replace_text(evaluation.progress.directory / "report.json", json.dumps(report, indent=1) + "\n")
@@ -480,7 +493,7 @@ def pictures_of(evaluation: Evaluation, subject: Subject) -> list[Picture]:
 def prepare(recipe: EvaluateRecipe, directory: Path, device: torch.device, runs: Path) -> Evaluation:
     """Load everything and refuse what does not fit, before anything is measured."""
     bundle = load_bundle(directory, device)
-    for defense in recipe.defenses:
+    for defense in (*recipe.defenses, *recipe.grey_box_only):
         bundle.manifest.resolve(defense)
     loaded = [load_bundle(path, device) for path in recipe.transfer_from]
     others = {f"{other.manifest.name}@{other.manifest.version}": other for other in loaded}
@@ -500,7 +513,7 @@ def below(report: Mapping[str, Any], wanted: float) -> list[str]:
     """A line for every defense whose worst case is below `wanted`, or is not credible."""
     lines = list[str]()
     for name, row in report["defenses"].items():
-        accuracy = row["worst_case"]["accuracy"]
+        accuracy = row["worst_case"]["accuracy"] if row["worst_case"] else 0.0
         if accuracy < wanted:
             lines.append(f"{name}: the worst case is {accuracy:.4f}, below {wanted:g}")
         if not row["credible"]:

@@ -2,7 +2,7 @@
 
 | level | the attacker | attacks |
 |---|---|---|
-| L1 | knows the classifier, not the defense | FGSM and PGD by Foolbox, AutoAttack `standard` |
+| L1 | knows the classifier, not the defense | those of `grey_box.py`, by name |
 | L2 | goes around the purifier | BPDA with EOT |
 | L3 | goes through everything | PGD with EOT on the exact gradient; Auto-PGD with EOT on two losses |
 | L4 | knows what the defense looks at | see `_purifier_specific` |
@@ -26,8 +26,9 @@ from models.atop import AtopPurifier
 from models.classifiers import Classifier
 from models.defense import DefendedClassifier
 from models.gate import GatePurifier
-from models.randomness import derive_seed, generator_for
+from models.randomness import derive_seed
 from models.zeropur import ZeroPurPurifier
+from training import grey_box
 from training.attacks import by_autoattack, by_foolbox, gradients, unrolled
 from training.attacks.looks import Looks, Oracle, SameLook
 from training.attacks.pgd import Gradient, ascend
@@ -37,15 +38,12 @@ from training.budgets import Budget, Effort
 
 RELATIVE_STEP = 0.007 / (8 / 255)
 """Step of our attacks as a share of their budget: that of Lee & Kim (2023) at 8/255."""
-AUTOATTACK_PASSES = 1000
-"""A guess: an image that withstands it takes some 4,000, one that does not a hundred."""
 SMOOTH_PASSES = 5
 """A gradient through unrolled steps costs about as much as so many purifications."""
 OTHER_BUDGETS = (0.5, 2.0)
 L2_EPS = 0.5
 STADV_STEPS = 50
 TRANSFER_STEPS = 40
-DI2_STEPS = 10
 SHARPNESS = 3.0
 
 
@@ -134,33 +132,18 @@ class Planner:
 
     def grey_box(self, subject: Subject) -> list[Attack]:
         """L1: attacks on the classifier alone."""
-        budget, threat = self.budget, Linf(self.eps)
+        budget = self.budget
         count = budget.costly_images if subject.descends else budget.grey_box_images
-        steps, step_size = budget.grey_box_steps, budget.grey_box_step_size
+        return [self.named(name, count) for name in budget.grey_box]
 
-        def fgsm(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
-            return by_foolbox.foolbox_fgsm(self.classifier, images, labels, eps=self.eps)
-
-        def pgd(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
-            torch.manual_seed(derive_seed(self.seed, "foolbox", numbers[0]))
-            return by_foolbox.foolbox_pgd(
-                self.classifier, images, labels, eps=self.eps, steps=steps, step_size=step_size
-            )
-
-        def autoattack(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
-            return by_autoattack.autoattack(self.classifier, images, labels, threat, seed=self.seed)
-
-        found = [
-            Attack("fgsm", "L1", {}, count, fgsm, threat, Work(bare=1), shared=True),
-            Attack(f"pgd{steps}", "L1", {"step_size": step_size}, count, pgd, threat, Work(bare=steps), shared=True),
-        ]
-        if budget.autoattack_images:
-            whole = min(count, budget.autoattack_images)
-            work = Work(bare=AUTOATTACK_PASSES)
-            found.append(
-                Attack("autoattack", "L1", {"version": "standard"}, whole, autoattack, threat, work, shared=True)
-            )
-        return found
+    def named(self, name: str, count: int) -> Attack:
+        """One grey-box attack by its name, on `count` images."""
+        attack = grey_box.attack(name, self.classifier, eps=self.eps, seed=self.seed)
+        if name == "autoattack":
+            count = min(count, self.budget.autoattack_images)
+        return Attack(
+            name, "L1", attack.settings, count, attack.run, attack.threat, Work(bare=attack.passes), shared=True
+        )
 
     def adaptive(self, subject: Subject) -> list[Attack]:
         """L2 to L5: attacks on the defense."""
@@ -365,12 +348,6 @@ class Planner:
             looks = Looks(derive_seed(self.seed, "stadv"), numbers)
             return stadv(defended, images, labels, looks, steps=STADV_STEPS, draws=effort.bpda_draws)
 
-        def di2(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
-            generator = generator_for(self.seed, "di2", numbers[0])
-            through = gradients.through(DefendedClassifier(self.classifier, []), labels, Looks(0, numbers), draws=1)
-            climbed = gradients.diverse(through, generator)
-            return ascend(climbed, images, images, Linf(self.eps), steps=DI2_STEPS, step_size=self.eps / 8)
-
         found = climb("l2", L2(L2_EPS))
         for factor in OTHER_BUDGETS:
             found += climb(f"eps_times_{factor:g}", Linf(factor * self.eps))
@@ -380,8 +357,6 @@ class Planner:
         moving = Work(looks=STADV_STEPS * self.draws(subject, effort.bpda_draws))
         settings = {"bound": 0.05, "steps": STADV_STEPS}
         found.append(Attack("stadv", "L6", settings, effort.images, move, None, moving))
-        work, threat = Work(bare=DI2_STEPS), Linf(self.eps)
-        found.append(Attack("di2", "L6", {"steps": DI2_STEPS}, effort.images, di2, threat, work, shared=True))
         return found
 
     def curves(self, subject: Subject) -> dict[str, list[tuple[float, Attack]]]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models.classifiers import ARCHITECTURES, AdoptedClassifier, Classifier, MirroredClassifier, build_classifier
 
-QUICK = ["resnet18", "wrn-16-2", "vgg19", "speednet"]
+QUICK = ["resnet18", "wrn-16-2", "vgg19", "resnet9-half", "speednet"]
 
 
 @pytest.fixture(autouse=True)

@@ -101,6 +101,8 @@ def test_the_data_source_can_be_given_beside_the_recipe(tmp_path: Path) -> None:
         ("export", {"aid_presets": {}}, "recipe", "aid_run and aid_presets need each other"),
         ("export", {"default_defense": "atop:rt9"}, "recipe", "default_defense 'atop:rt9'"),
         ("evaluate", {"eps": 0}, "eps", "greater than 0"),
+        ("evaluate", {"grey_box_only": ["atop:rt3"]}, "recipe", "atop:rt3: in defenses and in grey_box_only"),
+        ("evaluate", {"budget": "lavish"}, "budget", "a budget is quick, standard, paper, or a table"),
     ],
 )
 def test_a_wrong_or_contradictory_field_is_named_with_its_file(

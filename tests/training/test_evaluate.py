@@ -147,14 +147,14 @@ def test_every_accuracy_breaks_down_where_the_margin_ends(share: float, robust: 
     )
     eps = share * problem.margin
     effort = {**RECIPES["evaluate"]["budget"]["one_pass"], "images": 12, "full_steps": 12, "apgd_steps": 12}
-    budget = {"grey_box_steps": 30, "grey_box_step_size": eps / 10, "one_pass": effort}
+    budget = {"grey_box": ["fgsm", "pgd30", "mim", "deepfool"], "one_pass": effort}
     data = ImageSet(problem.images, problem.labels, ("no", "yes", "never"))
     evaluation = evaluation_of(bundle_of(classifier, data.classes), data, tmp_path, eps=eps, budget=budget)
 
     found = entry_of(evaluation).report
 
     assert found["standard"]["accuracy"] == 1
-    for name in ("fgsm", "pgd30"):
+    for name in ("fgsm", "pgd30", "deepfool"):
         assert found["grey_box"][name]["accuracy"] == robust
     for name in ("full", "apgd_ce", "apgd_dlr"):
         assert found["adaptive"][name]["accuracy"] == robust
@@ -179,6 +179,33 @@ def test_the_worst_case_is_what_withstood_every_attack_and_no_attack(finished: W
     assert worst["n"] == 6
     assert worst["accuracy"] == pytest.approx(float(survived.float().mean()), abs=1e-4)
     assert worst["over"] == ["clean", *(attack.name for attack in attacks)]
+
+
+def test_of_some_defenses_only_what_needs_no_knowledge_of_them_is_measured(finished: Workshop, tmp_path: Path) -> None:
+    bundle = load_bundle(finished.bundle)
+    budget = {"grey_box": ["fgsm", "cw"]}
+    evaluation = evaluation_of(
+        bundle, color_set(8), tmp_path, defenses=("atop",), grey_box_only=("atop:rt3",), budget=budget
+    )
+    assert [subject.name for subject in evaluation.subjects()][-1] == "atop:rt3"
+
+    report = entry_of(evaluation, "atop:rt3").report
+
+    assert report["grey_box"].keys() == {"fgsm", "cw"}
+    assert (report["adaptive"], report["unseen"], report["curves"]) == ({}, {}, {})
+    assert report["worst_case"] is None
+    assert report["reasons"] == ["no attack that knows the defense was run"]
+    assert below({"defenses": {"atop:rt3": report}}, 0.0) == [
+        "atop:rt3: not credible: no attack that knows the defense was run"
+    ]
+
+
+def test_an_attack_without_a_bound_stays_out_of_the_worst_case(finished: Workshop, tmp_path: Path) -> None:
+    bundle = load_bundle(finished.bundle)
+    evaluation = evaluation_of(bundle, color_set(8), tmp_path, budget={"grey_box": ["fgsm", "cw", "pgd_l2"]})
+    report = entry_of(evaluation, "atop").report
+    assert not {"cw", "pgd_l2"} & set(report["worst_case"]["over"])
+    assert "fgsm" in report["worst_case"]["over"]
 
 
 def test_an_attack_that_leaves_its_budget_is_not_reported(tmp_path: Path) -> None:
@@ -288,7 +315,7 @@ def test_unseen_threats_stay_out_of_the_worst_case(finished: Workshop, tmp_path:
 
     report = entry_of(evaluation, "atop").report
 
-    assert report["unseen"].keys() == {"l2", "eps_times_0.5", "eps_times_2", "known_seed", "stadv", "di2"}
+    assert report["unseen"].keys() == {"l2", "eps_times_0.5", "eps_times_2", "known_seed", "stadv"}
     assert not set(report["unseen"]) & set(report["worst_case"]["over"])
     assert "known_seed" not in names(bundle, "none", budget={"one_pass": effort})["L6"]  # there is none to know
 
@@ -374,7 +401,7 @@ def test_the_report_says_how_to_get_it_again(finished: Workshop) -> None:
     recipe = report_of(finished)["recipe"]
     assert recipe["bundle"] == "colors@1"
     assert recipe["eps"] == 8 / 255
-    assert recipe["budget"]["grey_box_step_size"] == 2 / 255
+    assert recipe["budget"]["grey_box"] == ["fgsm", "pgd3"]
     assert recipe["budget_name"] is None
     assert recipe["data_sha256"] == color_set(24, seed=1).fingerprint()
     assert recipe["data_encodings"] == ["PNG"]

@@ -171,7 +171,7 @@ RECIPES: dict[str, dict[str, Any]] = {
             "clean_draws": 2,
             "grey_box_images": 10,
             "costly_images": 6,
-            "grey_box_steps": 3,
+            "grey_box": ["fgsm", "pgd3"],
             "one_pass": {**EFFORT, "images": 6},
             "descending": {**EFFORT, "images": 4, "iterate_steps": 1, "smooth_steps": 1},
         },

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from tests.networks import SIZE, tiny_classifier
+from training import grey_box
+from training.attacks.pgd import cross_entropy
+from training.attacks.threats import assert_in_budget
+from training.budgets import GreyBoxName
+
+IMAGES = 0.2 + 0.6 * torch.rand(6, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", ["fgsm", "pgd3", "pgd20", "mim", "deepfool", "cw", "di2", "pgd_l2", "autoattack"])
+def test_every_attack_repeats_keeps_to_its_threat_and_raises_the_loss(name: str) -> None:
+    classifier = tiny_classifier()
+    labels = classifier(IMAGES).argmax(1)
+    attack = grey_box.attack(name, classifier, eps=0.1, seed=4)
+
+    moved = attack.run(IMAGES, labels, range(6))
+
+    assert torch.equal(moved, attack.run(IMAGES, labels, range(6)))
+    assert torch.equal(moved, moved.clamp(0, 1))
+    if attack.threat is not None:
+        assert_in_budget(moved, IMAGES, attack.threat, name)
+    loss = [cross_entropy(classifier, images, labels).mean().item() for images in (IMAGES, moved)]
+    # AutoAttack gives back what it could not turn, C&W only what it turned.
+    assert loss[1] > loss[0] or name in ("autoattack", "cw")
+    assert attack.passes >= 1
+
+
+def test_the_name_of_pgd_has_its_steps() -> None:
+    classifier = tiny_classifier()
+    assert [grey_box.attack(f"pgd{n}", classifier, eps=0.1, seed=0).settings["steps"] for n in (1, 20, 1000)] == [
+        1,
+        20,
+        1000,
+    ]
+
+
+@pytest.mark.parametrize("name", ["pgd", "pgd0", "pgd-5", "bim", "FGSM", "pgd20 "])
+def test_other_names_are_refused(name: str) -> None:
+    with pytest.raises(ValidationError):
+        TypeAdapter(GreyBoxName).validate_python(name)

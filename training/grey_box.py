@@ -1,0 +1,92 @@
+"""Level L1 by name: attacks on the classifier alone, as the three papers run them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from models.classifiers import Classifier
+from models.randomness import derive_seed, generator_for
+from training.attacks import by_autoattack, by_foolbox
+from training.attacks.gradients import diverse
+from training.attacks.pgd import ascend, loss_gradient
+from training.attacks.threats import L2, Linf, Threat
+
+PGD_STEP = 1 / 4
+"""Of eps: the papers' 2/255 at 8/255."""
+L2_EPS, L2_STEP = 0.5, 0.05
+DI2_STEPS = 10
+CW_STEPS = 100
+AUTOATTACK_PASSES = 1000
+"""A guess: an image that withstands it takes some 4,000, one that does not a hundred."""
+
+Run = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
+"""Images (N, 3, H, W), labels (N,) and the images' numbers to adversarial images."""
+
+
+@dataclass(frozen=True)
+class GreyBox:
+    """An attack on a classifier."""
+
+    run: Run
+    threat: Threat | None
+    """None for one without a bound."""
+    passes: int
+    """Gradients per image."""
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+
+def attack(name: str, classifier: Classifier, *, eps: float, seed: int) -> GreyBox:
+    """The attack of that name (a `GreyBoxName`), l-inf bound `eps` but for `pgd_l2` (0.5 in l2) and `cw` (no bound)."""
+    threat, step_size = Linf(eps), PGD_STEP * eps
+
+    def seeded(numbers: Sequence[int]) -> None:
+        torch.manual_seed(derive_seed(seed, "foolbox", numbers[0]))  # Foolbox draws from the global generator
+
+    def fgsm(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
+        return by_foolbox.foolbox_fgsm(classifier, images, labels, eps=eps)
+
+    def pgd(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
+        seeded(numbers)
+        steps = int(name.removeprefix("pgd"))
+        return by_foolbox.foolbox_pgd(classifier, images, labels, eps=eps, steps=steps, step_size=step_size)
+
+    def pgd_l2(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
+        seeded(numbers)
+        return by_foolbox.foolbox_pgd_l2(classifier, images, labels, eps=L2_EPS, steps=20, step_size=L2_STEP)
+
+    def mim(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
+        return by_foolbox.foolbox_mim(classifier, images, labels, eps=eps)
+
+    def deepfool(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
+        return by_foolbox.foolbox_deepfool(classifier, images, labels, eps=eps)
+
+    def cw(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
+        return by_foolbox.foolbox_cw(classifier, images, labels, steps=CW_STEPS)
+
+    def di2(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
+        def gradient(images: Tensor) -> Tensor:
+            return loss_gradient(classifier, images, labels)
+
+        climbed = diverse(gradient, generator_for(seed, "di2", numbers[0]))
+        return ascend(climbed, images, images, threat, steps=DI2_STEPS, step_size=eps / 8)
+
+    def autoattack(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
+        return by_autoattack.autoattack(classifier, images, labels, threat, seed=seed)
+
+    known: dict[str, GreyBox] = {
+        "fgsm": GreyBox(fgsm, threat, 1),
+        "mim": GreyBox(mim, threat, 40, {"steps": 40, "step_size": 0.003}),
+        "deepfool": GreyBox(deepfool, threat, 20 * 10, {"steps": 20}),
+        "cw": GreyBox(cw, None, CW_STEPS, {"steps": CW_STEPS, "step_size": 0.01, "c": 1.0}),
+        "di2": GreyBox(di2, threat, DI2_STEPS, {"steps": DI2_STEPS, "step_size": eps / 8}),
+        "pgd_l2": GreyBox(pgd_l2, L2(L2_EPS), 20, {"eps": L2_EPS, "steps": 20, "step_size": L2_STEP}),
+        "autoattack": GreyBox(autoattack, threat, AUTOATTACK_PASSES, {"version": "standard"}),
+    }
+    if name in known:
+        return known[name]
+    steps = int(name.removeprefix("pgd"))
+    return GreyBox(pgd, threat, steps, {"steps": steps, "step_size": step_size})
