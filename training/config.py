@@ -332,6 +332,8 @@ class ExportRecipe(Strict):
 class EvaluateRecipe(Strict):
     """`evaluate`: levels L0 (clean) to L6 (unseen threats) for a bundle and its defenses, into its report."""
 
+    name: RunName = "report"
+    """What the copy of the report beside the findings is called."""
     seed: Seed = 0
     data: DataRecipe
     defenses: tuple[str, ...] = ()

@@ -473,8 +473,8 @@ def evaluate(
     attacked = [subject for subject in subjects if subject.purifiers and subject.name not in recipe.grey_box_only]
     shown = {subject.name: pictures_of(evaluation, subject) for subject in attacked}
     drawn = page(report, shown, {name: values.tolist() for name, values in scores.items()})
-    replace_text(evaluation.progress.directory / "report.html", drawn)
-    replace_text(evaluation.progress.directory / "report.json", json.dumps(report, indent=1) + "\n")
+    replace_text(evaluation.progress.directory / f"{recipe.name}.html", drawn)
+    replace_text(evaluation.progress.directory / f"{recipe.name}.json", json.dumps(report, indent=1) + "\n")
     if not keep_report:
         write_report(directory, report, drawn)
     return report

@@ -13,7 +13,8 @@ from training.config import ClassifierRecipe, RecipeError, read_recipe
 from training.data import load_split
 from training.runs import Run
 
-SHIPPED = sorted((Path(__file__).parents[2] / "training" / "recipes").rglob("*.toml"))
+RECIPE_FOLDER = Path(__file__).parents[2] / "training" / "recipes"
+SHIPPED = sorted(path for path in RECIPE_FOLDER.rglob("*.toml") if path.name != "tables.toml")
 CIFAR = Path(__file__).parents[3] / "shared" / "data" / "cifar10"
 
 
