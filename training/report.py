@@ -34,10 +34,18 @@ def page(
     return environment.get_template(TEMPLATE).render(
         report=report,
         rows=rows,
+        attacks=attacks(rows),
         pictures=pictures,
         curves={axis: curve(rows, axis) for axis in ("eps", "steps")},
         histogram=histogram(scores, report["detection"]["threshold"]) if scores else "",
     )
+
+
+def attacks(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Every attack that some row has, with its level, level by level."""
+    groups = [row[group] for row in rows.values() for group in ("grey_box", "adaptive", "unseen")]
+    found = {name: str(cell["level"]) for group in groups for name, cell in group.items()}
+    return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def curve(rows: Mapping[str, Mapping[str, Any]], axis: str) -> str:
