@@ -23,6 +23,7 @@ from tqdm import tqdm
 from models import Bundle, load_bundle, write_report
 from models.classifiers import Classifier
 from models.files import replace_text
+from models.manifest import AutoPreset
 from models.randomness import derive_seed, generator_for
 from training import credibility
 from training.attacks.gradients import through
@@ -65,15 +66,24 @@ class Evaluation:
     @cached_property
     def identity(self) -> dict[str, object]:
         """What every finding depends on."""
-        manifest = self.bundle.manifest
         return {
             "weights": weights_of(self.bundle),
-            "defenses": manifest.defenses.model_dump(mode="json"),
             "data": self.data.fingerprint(),
             "seed": self.recipe.seed,
             "eps": self.recipe.eps,
             "batch_size": self.recipe.batch_size,
         }
+
+    def chain(self, defense: str) -> dict[str, object]:
+        """What the findings of a defense depend on beside: every step with its settings, and those behind `auto`."""
+        manifest = self.bundle.manifest
+        steps = list[object]()
+        for name, preset in manifest.chain(defense):
+            settings = manifest.defenses.offered()[name].presets[preset]
+            parts = (settings.cheap, settings.strong) if isinstance(settings, AutoPreset) else ()
+            behind = [self.chain(part) for part in parts]
+            steps.append([name, settings.model_dump(mode="json"), behind])
+        return {"defense": steps}
 
     def subjects(self) -> list[Subject]:
         """The bare classifier, then the defenses. Raises UnknownDefense for one that the bundle does not offer."""
@@ -110,7 +120,7 @@ class Evaluation:
         """Which of the attack's images the defense still labels right, (attack.images,); found once, then known."""
         parts = list[Tensor]()
         for numbers, images, labels in self.batches(attack.images):
-            of = {**self.identity, "defense": subject.name, **key_of(attack), "images": [numbers[0], len(numbers)]}
+            of = {**self.identity, **self.chain(subject.name), **key_of(attack), "images": [numbers[0], len(numbers)]}
             found = self.progress.find(of)
             if found is None:
                 began = time.monotonic()
@@ -143,7 +153,7 @@ class Evaluation:
         for draw in range(draws):
             parts = list[Tensor]()
             for numbers, images, labels in self.batches(count):
-                of = {**self.identity, "defense": subject.name, "clean": draw, "images": [numbers[0], len(numbers)]}
+                of = {**self.identity, **self.chain(subject.name), "clean": draw, "images": [numbers[0], len(numbers)]}
                 found = self.progress.find(of)
                 if found is None:
                     right = self.right(subject, images, labels, self.verdict_seeds(numbers, draw))
@@ -266,7 +276,7 @@ def doubts(
     """Why a robust accuracy is not to be believed; found once, then known."""
     of = {
         **evaluation.identity,
-        "defense": subject.name,
+        **evaluation.chain(subject.name),
         "doubts": {name: [levels[name], int(values[:count].sum())] for name, values in right.items()},
         "count": count,
     }

@@ -247,6 +247,21 @@ def test_what_was_found_is_not_measured_again(
         entry_of(evaluation_of(bundle, data, tmp_path, seed=5), "aid")
 
 
+def test_a_defense_is_known_by_its_settings_and_by_what_stands_behind_a_gate(
+    finished: Workshop, tmp_path: Path
+) -> None:
+    bundle = load_bundle(finished.bundle)
+    evaluation = evaluation_of(bundle, color_set(4), tmp_path)
+    keys = {json.dumps(evaluation.chain(name)) for name in ("none", "atop", "atop:rt3", "zeropur", "auto", "atop,aid")}
+    assert len(keys) == 6
+    assert evaluation.chain("atop") == evaluation.chain("atop:rt2")  # its default preset
+    manifest = bundle.manifest.model_dump()
+    manifest["defenses"]["zeropur"]["presets"]["code"]["coarse_steps"] = 9
+    bundle.manifest = Manifest.model_validate(manifest)
+    assert json.dumps(evaluation.chain("auto")) not in keys
+    assert json.dumps(evaluation.chain("atop")) in keys
+
+
 def test_images_that_attack_the_classifier_are_made_once_for_all_defenses(
     finished: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
