@@ -62,9 +62,13 @@ class DefendedClassifier(nn.Module):
     def purify(self, images: Tensor, seeds: Sequence[int], vote: int = 0) -> Tensor:
         """The chain applied left to right; every purifier and every vote has draws of its own."""
         for position, purifier in enumerate(self.chain):
-            own = [derive_seed(seed, "vote", vote, "step", position) for seed in seeds]
-            images = purifier(images, own)
+            images = purifier(images, self.step_seeds(seeds, vote, position))
         return images
+
+    @staticmethod
+    def step_seeds(seeds: Sequence[int], vote: int, position: int) -> list[int]:
+        """The seeds of one purifier of the chain in one vote."""
+        return [derive_seed(seed, "vote", vote, "step", position) for seed in seeds]
 
     def seeds_for(self, images: Tensor) -> list[int]:
         """One seed per image; raises ValueError if the seeds given do not fit the batch."""

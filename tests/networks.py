@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.aid import Aid, AidDiscriminator, tap_channels
 from models.bundle import Bundle
@@ -38,6 +38,16 @@ def tiny_classifier(num_classes: int = 4, seed: int = 0) -> Classifier:
         "head": nn.Linear(8, num_classes),
     }
     return Classifier(stages).eval().requires_grad_(False)
+
+
+def sensitive(classifier: Classifier, images: Tensor) -> Classifier:
+    """The classifier, its head changed so that it tells these images apart, and an attack can turn its answers."""
+    head = classifier.stages["head"]
+    assert isinstance(head, nn.Linear)
+    with torch.no_grad():
+        head.weight *= 30
+        head.bias.copy_(-head.weight @ classifier.embedding(images).mean(0))
+    return classifier
 
 
 def tiny_aid_spec(layout: str = "code") -> AidSpec:

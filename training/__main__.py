@@ -44,6 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         instead = {name: getattr(options, name, None) for name in ("budget", "defenses")}
+        if instead["defenses"]:
+            instead["grey_box_only"] = ()
         recipe = read_recipe(options.recipe, RECIPES[options.command], data_source=options.data, **instead)
         print(recipe.model_dump_json(indent=2) if options.dry_run else run_command(recipe, options))
     except GateError as error:

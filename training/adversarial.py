@@ -113,7 +113,7 @@ def training_loss(
 ) -> tuple[Tensor, Tensor]:
     """What a step minimizes, and the logits (N, K) of the images that it was trained on."""
     if isinstance(method, TradesTraining):
-        clean, moved = model(torch.cat([images, attacked])).chunk(2)
+        clean, moved = model(images), model(attacked)
         divergence = F.kl_div(moved.log_softmax(1), clean.softmax(1), reduction="batchmean")
         return loss(clean, targets) + method.beta * divergence, moved
     logits = model(attacked)

@@ -356,7 +356,7 @@ class EvaluateRecipe(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if both := set(self.defenses) & set(self.grey_box_only):
+        if both := (set(self.defenses) | {"none"}) & set(self.grey_box_only):
             raise ValueError(f"{', '.join(sorted(both))}: in defenses and in grey_box_only")
         return self
 

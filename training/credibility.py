@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from scipy.stats import binomtest
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from models.defense import DefendedClassifier
 from models.randomness import generator_for
 from training.attacks.gradients import through
 from training.attacks.looks import Looks, seen
-from training.attacks.pgd import ascend, cross_entropy
+from training.attacks.pgd import Model, ascend, cross_entropy
 from training.attacks.threats import Linf
 
 NOT_ADAPTIVE = "no attack that knows the defense was run"
@@ -29,7 +30,10 @@ SMALL_STEP = 1e-3
 LARGE_EPS_ACCURACY = 0.1
 """An unbounded attack may leave at most this share right, or the share of the likeliest guess if that is more."""
 LARGE_STEPS = 10
-DRAWS = 4
+DRAWS = 8
+"""Looks that a gradient is averaged over: what AToP hides in every one of them has no gradient."""
+SURE = 0.01
+"""A check fails only where chance would do so less often."""
 
 
 def gradient_health(
@@ -46,7 +50,8 @@ def gradient_health(
     if zeros > ZERO_SHARE:
         found.append(f"{zeros:.0%} of the input gradients are exactly zero")
     rising = share_rising(defended, images, labels, slope, seed)
-    if rising < RISING_SHARE:
+    count = len(images)
+    if binomtest(round(rising * count), count, RISING_SHARE, alternative="less").pvalue < SURE:
         found.append(f"the loss rises along the gradient for {rising:.0%} of the images only")
     left = unbounded_accuracy(defended, images, labels, seed)
     allowed = max(LARGE_EPS_ACCURACY, 1 / classes)
@@ -83,7 +88,7 @@ def share_rising(defended: DefendedClassifier, images: Tensor, labels: Tensor, s
     with torch.no_grad():
         for _ in range(DRAWS if defended.is_random else 1):
             model = seen(defended, looks.next())
-            differences.append(cross_entropy(model, moved, labels) - cross_entropy(model, images, labels))
+            differences.append(exact_loss(model, moved, labels) - exact_loss(model, images, labels))
     return float((torch.stack(differences).mean(0) > 0).float().mean())
 
 
@@ -96,50 +101,55 @@ def unbounded_accuracy(defended: DefendedClassifier, images: Tensor, labels: Ten
         return float((defended.vote(moved, verdict, 0).argmax(1) == labels).float().mean())
 
 
-def random_start_accuracy(
-    defended: DefendedClassifier, images: Tensor, labels: Tensor, *, eps: float, seed: int
-) -> float:
-    """Accuracy on images that differ by plus or minus eps at random: no attack may do worse than that."""
-    signs = torch.randint(0, 2, images.shape, generator=generator_for(seed, "signs")).to(images.device)
+def exact_loss(model: Model, images: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy in double precision, (N,): in single precision that of a confident answer is zero."""
+    return F.cross_entropy(model(images).double(), labels, reduction="none")
+
+
+def withstands_noise(
+    defended: DefendedClassifier, images: Tensor, labels: Tensor, *, eps: float, seed: int, first: int
+) -> Tensor:
+    """Which images are labeled right when every value moves by plus or minus eps at random, (N,).
+
+    `first` is the number of the first image.
+    """
+    signs = torch.randint(0, 2, images.shape, generator=generator_for(seed, "signs", first)).to(images.device)
     noisy = (images + eps * (2 * signs - 1)).clamp(0, 1)
     with torch.no_grad():
-        verdict = Looks(seed, range(len(images))).next()
-        return float((defended.vote(noisy, verdict, 0).argmax(1) == labels).float().mean())
+        verdict = Looks(seed, range(first, first + len(images))).next()
+        return (defended.vote(noisy, verdict, 0).argmax(1) == labels).cpu()
 
 
 def order_of_attacks(
-    right: Mapping[str, Tensor], levels: Mapping[str, str], *, clean: Tensor, noise: float, count: int
+    right: Mapping[str, Tensor], levels: Mapping[str, str], *, clean: Tensor, noise: Tensor
 ) -> list[str]:
-    """Stronger attackers must not do worse. `right` has, per attack, which of the first `count` images withstood it.
+    """Stronger attackers must not do worse. All masks say which of the same images withstood, (N,).
 
-    `clean` is the same without an attack and `noise` the accuracy under random noise. What is compared are intervals at
-    95 %, so that a difference that chance explains is none.
+    Compared is image by image: a sign test over those that withstood one and not the other.
     """
-
-    def accuracy(names: list[str]) -> float:
-        return float(torch.stack([right[name][:count] for name in names]).all(0).float().mean()) if names else 1.0
-
-    white_box = [name for name in right if levels[name] in ("L2", "L3", "L4")]
+    white_box = [mask for name, mask in right.items() if levels[name] in ("L2", "L3", "L4")]
     if not white_box:
         return [NOT_ADAPTIVE]
-    best, found = accuracy(white_box), list[str]()
-    weaker = {name: accuracy([name]) for name in right if levels[name] in ("L1", "L5")}
-    for name, left in weaker.items():
-        if _surely_less(left, best, count):
-            found.append(f"{name}, which does not know the defense, leaves {left:.0%} right, all that do {best:.0%}")
-    if _surely_less(noise, best, count):
-        found.append(f"random noise leaves {noise:.0%} right, the attacks that know the defense {best:.0%}")
-    untouched = float(clean[:count].float().mean())
-    if _surely_less(untouched, best, count):
-        found.append(f"attacked images do better ({best:.0%}) than clean ones ({untouched:.0%})")
+    best, found = torch.stack(white_box).all(0), list[str]()
+    left = _share(best)
+    for name, mask in right.items():
+        if levels[name] in ("L1", "L5") and surely_fewer(mask, best):
+            found.append(f"{name}, which does not know the defense, leaves {_share(mask)} right, all that do {left}")
+    if surely_fewer(noise, best):
+        found.append(f"random noise leaves {_share(noise)} right, the attacks that know the defense {left}")
+    if surely_fewer(clean, best):
+        found.append(f"attacked images do better ({left}) than clean ones ({_share(clean)})")
     return found
 
 
-def _surely_less(one: float, other: float, count: int) -> bool:
-    """Whether `one` of `count` is less than `other`, beyond chance."""
-    below = binomtest(round(one * count), count).proportion_ci(0.95, method="wilson").high
-    above = binomtest(round(other * count), count).proportion_ci(0.95, method="wilson").low
-    return bool(below < above)
+def surely_fewer(one: Tensor, other: Tensor) -> bool:
+    """Whether fewer images withstood `one` than `other`, beyond chance."""
+    fewer, more = int((other & ~one).sum()), int((one & ~other).sum())
+    return fewer > more and bool(binomtest(fewer, fewer + more, 0.5, alternative="greater").pvalue < SURE)
+
+
+def _share(mask: Tensor) -> str:
+    return f"{float(mask.float().mean()):.0%}"
 
 
 def more_steps_help(
@@ -158,6 +168,6 @@ def more_steps_help(
 
     few, many = loss(max(1, steps // 4)), loss(steps)
     worse = int((many < few).sum())
-    if binomtest(worse, len(images), 0.5, alternative="greater").pvalue < 0.01:
+    if binomtest(worse, len(images), 0.5, alternative="greater").pvalue < SURE:
         return [f"with four times the steps the attack reaches a lower loss on {worse} of {len(images)} images"]
     return []

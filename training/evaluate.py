@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models import Bundle, load_bundle, write_report
-from models.classifiers import Classifier
 from models.files import replace_text
 from models.manifest import AutoPreset
 from models.randomness import derive_seed, generator_for
@@ -41,7 +40,8 @@ COST_BATCH = 32
 COST_REPEATS = 5
 HEALTH_IMAGES = 16
 PICTURES = 6
-COSTLY_HEALTH_IMAGES = 4
+AUTOATTACK_CLASSES = 4
+COSTLY_HEALTH_IMAGES = 8
 HEALTH_STEPS = 8
 
 
@@ -54,9 +54,12 @@ class Evaluation:
     data: ImageSet
     """The test images, shuffled by the recipe's seed."""
     progress: Progress
-    transfer: Mapping[str, Classifier]
+    transfer: Mapping[str, Bundle]
     data_sha256: str = ""
     """Of the test split as it is, so that two reports can tell whether they speak of the same images."""
+    used: list[dict[str, Any]] = field(default_factory=list)
+    """The findings that the report is made of, whenever they were made."""
+    commit: str = field(default_factory=git_commit)
 
     @property
     def device(self) -> torch.device:
@@ -68,6 +71,7 @@ class Evaluation:
         """What every finding depends on."""
         return {
             "weights": weights_of(self.bundle),
+            "classifier": self.bundle.manifest.classifier.model_dump(mode="json"),
             "data": self.data.fingerprint(),
             "seed": self.recipe.seed,
             "eps": self.recipe.eps,
@@ -95,7 +99,8 @@ class Evaluation:
     def planner(self) -> Planner:
         """Who decides which attacks are run."""
         recipe = self.recipe
-        return Planner(self.bundle.classifier, recipe.effort, recipe.eps, recipe.seed, self.transfer)
+        classes = len(self.bundle.classes)
+        return Planner(self.bundle.classifier, recipe.effort, recipe.eps, recipe.seed, self.transfer, classes)
 
     # --- one image after the other
 
@@ -128,8 +133,10 @@ class Evaluation:
                 unseen = self.verdict_seeds(numbers, attack.name)
                 seeds = attack.known_seeds(numbers) if attack.known_seeds else unseen
                 right = self.right(subject, adversarial, labels, seeds)
-                found = {"right": right.int().tolist(), "wall_s": round(time.monotonic() - began, 3)}
+                wall_s = round(time.monotonic() - began, 3)
+                found = {"right": right.int().tolist(), "wall_s": wall_s, "commit": self.commit}
                 self.progress.add(of, found)
+            self.used.append(found)
             parts.append(torch.tensor(found["right"], dtype=torch.bool))
             bar.update(len(numbers))
         return torch.cat(parts)
@@ -157,8 +164,9 @@ class Evaluation:
                 found = self.progress.find(of)
                 if found is None:
                     right = self.right(subject, images, labels, self.verdict_seeds(numbers, draw))
-                    found = {"right": right.int().tolist()}
+                    found = {"right": right.int().tolist(), "wall_s": 0.0, "commit": self.commit}
                     self.progress.add(of, found)
+                self.used.append(found)
                 parts.append(torch.tensor(found["right"], dtype=torch.bool))
             rows.append(torch.cat(parts))
         return torch.stack(rows)
@@ -204,7 +212,7 @@ def measure(evaluation: Evaluation, subject: Subject) -> Entry:
     levels = {attack.name: attack.level for attack in attacks}
     same = Linf(evaluation.recipe.eps)
     within = [attack.name for attack in attacks if attack.level != "L6" and attack.threat == same]
-    compared = min(count, *(len(right[name]) for name in within))
+    compared = min([count, *(len(right[name]) for name in within)])
     survived = torch.stack([clean[0][:compared], *(right[name][:compared] for name in within)]).all(0)
     reasons = [credibility.NOT_ADAPTIVE]
     if adaptive:
@@ -277,8 +285,8 @@ def doubts(
     of = {
         **evaluation.identity,
         **evaluation.chain(subject.name),
-        "doubts": {name: [levels[name], int(values[:count].sum())] for name, values in right.items()},
-        "count": count,
+        "doubts": {name: [levels[name], values[:count].int().tolist()] for name, values in right.items()},
+        "clean": clean[:count].int().tolist(),
     }
     found = evaluation.progress.find(of)
     if found is None:
@@ -293,10 +301,14 @@ def doubts(
             reasons += credibility.gradient_health(subject.defended, *few, classes=classes, seed=seed)
             eps = evaluation.recipe.eps
             reasons += credibility.more_steps_help(subject.defended, *few, eps=eps, seed=seed, steps=HEALTH_STEPS)
-        noise = credibility.random_start_accuracy(
-            subject.defended, images, labels, eps=evaluation.recipe.eps, seed=seed
-        )
-        reasons += credibility.order_of_attacks(right, levels, clean=clean, noise=noise, count=count)
+        noise = [
+            credibility.withstands_noise(
+                subject.defended, some, own, eps=evaluation.recipe.eps, seed=seed, first=numbers[0]
+            )
+            for numbers, some, own in evaluation.batches(count)
+        ]
+        same = {name: values[:count] for name, values in right.items()}
+        reasons += credibility.order_of_attacks(same, levels, clean=clean[:count], noise=torch.cat(noise))
         found = {"reasons": reasons}
         evaluation.progress.add(of, found)
     reasons_found: list[str] = found["reasons"]
@@ -475,24 +487,28 @@ def evaluate(
         "data_sha256": evaluation.data_sha256,
         "data_encodings": list(evaluation.data.encodings),
         "weights_sha256": weights_of(evaluation.bundle),
-        "git_commit": git_commit(),
+        "git_commit": evaluation.commit,
+        "findings_of_commits": sorted({found["commit"] for found in evaluation.used}),
+        "attacks_s": round(sum(found["wall_s"] for found in evaluation.used), 1),
         "libraries": library_versions(),
         "hardware": hardware(),
         "wall_s": round(time.monotonic() - started, 1),
     }
     attacked = [subject for subject in subjects if subject.purifiers and subject.name not in recipe.grey_box_only]
+    replace_text(evaluation.progress.directory / f"{recipe.name}.json", json.dumps(report, indent=1) + "\n")
     shown = {subject.name: pictures_of(evaluation, subject) for subject in attacked}
     drawn = page(report, shown, {name: values.tolist() for name, values in scores.items()})
     replace_text(evaluation.progress.directory / f"{recipe.name}.html", drawn)
-    replace_text(evaluation.progress.directory / f"{recipe.name}.json", json.dumps(report, indent=1) + "\n")
     if not keep_report:
         write_report(directory, report, drawn)
     return report
 
 
 def pictures_of(evaluation: Evaluation, subject: Subject) -> list[Picture]:
-    """The first images under the full-gradient attack, stage by stage."""
-    (attack,) = (attack for attack in planned(evaluation, subject) if attack.name == "full")
+    """The first images under the full-gradient attack, stage by stage; none if the budget leaves that out."""
+    attack = next((attack for attack in planned(evaluation, subject) if attack.name == "full"), None)
+    if attack is None:
+        return []
     numbers, images, labels = next(evaluation.batches(PICTURES))
     numbers, images, labels = numbers[:PICTURES], images[:PICTURES], labels[:PICTURES]
     adversarial = evaluation.attacked(attack, images, labels, numbers)
@@ -507,6 +523,12 @@ def prepare(recipe: EvaluateRecipe, directory: Path, device: torch.device, runs:
         bundle.manifest.resolve(defense)
     loaded = [load_bundle(path, device) for path in recipe.transfer_from]
     others = {f"{other.manifest.name}@{other.manifest.version}": other for other in loaded}
+    if len(others) < len(loaded):
+        raise DataError("transfer_from names two bundles of the same name and version")
+    if "autoattack" in recipe.effort.grey_box and len(bundle.classes) < AUTOATTACK_CLASSES:
+        raise DataError(
+            f"autoattack needs {AUTOATTACK_CLASSES} classes or more, and this bundle has {len(bundle.classes)}"
+        )
     data = load_split(recipe.data, recipe.data.test_split)
     for other in (bundle, *others.values()):
         if data.classes != other.classes or tuple(data.images.shape[2:]) != other.input_size:
@@ -515,15 +537,16 @@ def prepare(recipe: EvaluateRecipe, directory: Path, device: torch.device, runs:
     shuffled = data.subset(torch.randperm(len(data), generator=generator_for(recipe.seed, "images")))
     manifest = bundle.manifest
     progress = Progress(runs / "evaluations" / f"{manifest.name}-{manifest.version}")
-    transfer = {name: other.classifier for name, other in others.items()}
-    return Evaluation(recipe, bundle, shuffled, progress, transfer, data.fingerprint())
+    return Evaluation(recipe, bundle, shuffled, progress, others, data.fingerprint())
 
 
 def below(report: Mapping[str, Any], wanted: float) -> list[str]:
-    """A line for every defense whose worst case is below `wanted`, or is not credible."""
+    """A line for every defense whose worst case was measured and is below `wanted`, or is not credible."""
     lines = list[str]()
     for name, row in report["defenses"].items():
-        accuracy = row["worst_case"]["accuracy"] if row["worst_case"] else 0.0
+        if row["worst_case"] is None:  # the recipe asked for no more than its grey-box numbers
+            continue
+        accuracy = row["worst_case"]["accuracy"]
         if accuracy < wanted:
             lines.append(f"{name}: the worst case is {accuracy:.4f}, below {wanted:g}")
         if not row["credible"]:

@@ -110,8 +110,11 @@ def auto(recipe: ExportRecipe, runs: Path) -> AutoSpec | None:
     summary, presets = read_summary_of(runs, recipe.aid_run), dict[str, AutoPreset]()
     for name, gate in recipe.auto_presets.items():
         if threshold_name(gate.false_positive_rate) not in summary:
-            rates = ", ".join(f"{rate:g}" for rate in CALIBRATED_RATES)
-            raise RecipeError(f"auto_presets.{name}: run {recipe.aid_run} has thresholds at the rates {rates}")
+            rates = ", ".join(f"{rate:g}" for rate in CALIBRATED_RATES if threshold_name(rate) in summary)
+            known = (
+                f"has thresholds at the rates {rates}" if rates else "was calibrated by an older version: train it anew"
+            )
+            raise RecipeError(f"auto_presets.{name}: run {recipe.aid_run} {known}")
         presets[name] = AutoPreset(**gate.model_dump(), threshold=summary[threshold_name(gate.false_positive_rate)])
     return AutoSpec(default_preset=recipe.auto_default_preset, presets=presets)
 

@@ -75,13 +75,14 @@ def transformed(defended: DefendedClassifier, images: Tensor, seeds: list[int]) 
     first = next(iter(defended.chain), None)
     if not isinstance(first, AtopPurifier):
         return None
-    noisy = first.noisy(first.enlarge(images), seeds)
-    return transforms.hide(noisy, first.draw_masks(seeds, images.device)[0])
+    own = defended.step_seeds(seeds, 0, 0)
+    noisy = first.noisy(first.enlarge(images), own)
+    return transforms.hide(noisy, first.draw_masks(own, images.device)[0])
 
 
 def magnified(difference: Tensor) -> Tensor:
     """A difference in [-1, 1] as an image around mid-grey."""
-    return (0.5 + MAGNIFIED * difference / 2).clamp(0, 1)
+    return (0.5 + MAGNIFIED * difference).clamp(0, 1)
 
 
 def data_url(image: Tensor) -> str:

@@ -5,7 +5,7 @@
 | L1 | knows the classifier, not the defense | those of `grey_box.py`, by name |
 | L2 | goes around the purifier | BPDA with EOT |
 | L3 | goes through everything | PGD with EOT on the exact gradient; Auto-PGD with EOT on two losses |
-| L4 | knows what the defense looks at | see `_purifier_specific` |
+| L4 | knows what the defense looks at | see `purifier_specific` |
 | L5 | has no gradient, or another network's | Square; transfer from other classifiers |
 | L6 | does something the defense was not made for | l2, other budgets, moved pixels, a known seed |
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from models.aid import AidPurifier
 from models.atop import AtopPurifier
+from models.bundle import Bundle
 from models.classifiers import Classifier
 from models.defense import DefendedClassifier
 from models.gate import GatePurifier
@@ -40,9 +41,10 @@ RELATIVE_STEP = 0.007 / (8 / 255)
 """Step of our attacks as a share of their budget: that of Lee & Kim (2023) at 8/255."""
 SMOOTH_PASSES = 5
 """A gradient through unrolled steps costs about as much as so many purifications."""
+DLR_CLASSES = 3
+"""The difference-of-logits ratio is not defined for fewer."""
 OTHER_BUDGETS = (0.5, 2.0)
-L2_EPS = 0.5
-STADV_STEPS = 50
+STADV_STEPS = 100
 TRANSFER_STEPS = 40
 SHARPNESS = 3.0
 
@@ -123,12 +125,23 @@ class Planner:
     budget: Budget
     eps: float
     seed: int
-    transfer: Mapping[str, Classifier]
-    """Other classifiers, whose adversarial images are tried here too."""
+    transfer: Mapping[str, Bundle]
+    """Others, by `name@version`, whose classifiers' adversarial images are tried here too."""
+    classes: int
 
     def effort(self, subject: Subject) -> Effort:
-        """What the attacks on this defense may spend."""
-        return self.budget.descending if subject.descends else self.budget.one_pass
+        """What the attacks on this defense may spend.
+
+        For a defense that descends and draws too it is the effort for descending ones, with the draws of the others,
+        and with BPDA, which is the exact gradient of a purifier of signed steps alone.
+        """
+        one_pass, descending = self.budget.one_pass, self.budget.descending
+        if not subject.descends:
+            return one_pass
+        if not subject.defended.is_random:
+            return descending
+        draws = {name: getattr(one_pass, name) for name in ("bpda_draws", "full_draws", "apgd_draws")}
+        return descending.model_copy(update={**draws, "bpda_steps": descending.full_steps})
 
     def grey_box(self, subject: Subject) -> list[Attack]:
         """L1: attacks on the classifier alone."""
@@ -168,10 +181,13 @@ class Planner:
             Work(looks=1),
             draws=self.draws(subject, effort.full_draws),
         )
-        found += [self.apgd(subject, "ce"), self.apgd(subject, "dlr")] if effort.apgd_steps else []
+        if effort.apgd_steps:
+            found.append(self.apgd(subject, "ce"))
+        if effort.apgd_steps and self.classes >= DLR_CLASSES:
+            found.append(self.apgd(subject, "dlr"))
         found += self.purifier_specific(subject)
         found += [self.square(subject)] if effort.square_queries else []
-        found += [self.transferred(name, classifier, effort) for name, classifier in self.transfer.items()]
+        found += [self.transferred(name, other, effort) for name, other in self.transfer.items()]
         return found
 
     def draws(self, subject: Subject, wanted: int) -> int:
@@ -231,7 +247,7 @@ class Planner:
         effort, defended = self.effort(subject), subject.defended
         found = list[Attack]()
         for purifier in subject.purifiers:
-            if isinstance(purifier, AtopPurifier):
+            if any(isinstance(part, AtopPurifier) for part in purifier.modules()):
                 found += self.climbs(
                     "fixed_look",
                     "L4",
@@ -252,18 +268,23 @@ class Planner:
         steps = effort.aware_steps
         if isinstance(purifier, AidPurifier | GatePurifier):  # an image that looks natural passes the gate
             aid = purifier.aid
+            cheap = list(purifier.cheap) if isinstance(purifier, GatePurifier) else list[nn.Module]()
+            passed = DefendedClassifier(self.classifier, cheap)  # type: ignore[arg-type]
             return self.climbs(
-                f"aware_{weight:g}",
+                f"aware_aid_{weight:g}",
                 "L4",
                 effort,
                 steps,
-                lambda labels, looks: gradients.while_natural(self.classifier, aid, labels, weight=weight),
+                lambda labels, looks: gradients.while_natural(
+                    passed, aid, labels, looks, weight=weight, draws=effort.full_draws
+                ),
                 Work(bare=2, answers=0),
+                draws=effort.full_draws if passed.is_random else 1,
             )
         if isinstance(purifier, ZeroPurPurifier):
             spec = purifier.preset.blur
             return self.climbs(
-                f"aware_{weight:g}",
+                f"aware_zeropur_{weight:g}",
                 "L4",
                 effort,
                 steps,
@@ -296,30 +317,30 @@ class Planner:
         return over + smooth
 
     def square(self, subject: Subject) -> Attack:
-        """L5: random search on the whole defense."""
+        """L5: random search on the whole defense; a random one answers a query with the mean of several looks."""
         effort, threat = self.effort(subject), Linf(self.eps)
+        looks = self.draws(subject, effort.apgd_draws)
 
         def run(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
             seed = derive_seed(self.seed, "square", numbers[0])
-            oracle, queries = Oracle(subject.defended, seed), effort.square_queries
+            oracle, queries = Oracle(subject.defended, seed, looks), effort.square_queries
             return by_autoattack.square(oracle, images, labels, threat, queries=queries, seed=seed % 2**31)
 
-        work = Work(answers=1 + effort.square_queries)
-        return Attack("square", "L5", {"queries": effort.square_queries}, effort.images, run, threat, work)
+        work = Work(answers=1 + effort.square_queries * looks)
+        settings = {"queries": effort.square_queries, "looks": looks}
+        return Attack("square", "L5", settings, effort.images, run, threat, work)
 
-    def transferred(self, name: str, classifier: Classifier, effort: Effort) -> Attack:
-        """L5: PGD images of another classifier."""
-        threat = Linf(self.eps)
+    def transferred(self, name: str, other: Bundle, effort: Effort) -> Attack:
+        """L5: PGD images of another bundle's classifier."""
+        threat, classifier = Linf(self.eps), other.classifier
 
         def run(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
             torch.manual_seed(derive_seed(self.seed, "transfer", numbers[0]))
             steps, step_size = TRANSFER_STEPS, self.eps / 4
             return by_foolbox.foolbox_pgd(classifier, images, labels, eps=self.eps, steps=steps, step_size=step_size)
 
-        work = Work(bare=TRANSFER_STEPS)
-        return Attack(
-            f"transfer_{name}", "L5", {"steps": TRANSFER_STEPS}, effort.images, run, threat, work, shared=True
-        )
+        work, settings = Work(bare=TRANSFER_STEPS), {"steps": TRANSFER_STEPS, "digest": other.digest}
+        return Attack(f"transfer_{name}", "L5", settings, effort.images, run, threat, work, shared=True)
 
     def unseen(self, subject: Subject) -> list[Attack]:
         """L6: threats that the defense was not made for; they stay out of the worst case."""
@@ -348,14 +369,14 @@ class Planner:
             looks = Looks(derive_seed(self.seed, "stadv"), numbers)
             return stadv(defended, images, labels, looks, steps=STADV_STEPS, draws=effort.bpda_draws)
 
-        found = climb("l2", L2(L2_EPS))
+        found = climb("l2", L2(grey_box.L2_EPS))
         for factor in OTHER_BUDGETS:
             found += climb(f"eps_times_{factor:g}", Linf(factor * self.eps))
         if defended.is_random:
             known = climb("known_seed", Linf(self.eps), SameLook)
             found += [replace(attack, known_seeds=chosen) for attack in known]
         moving = Work(looks=STADV_STEPS * self.draws(subject, effort.bpda_draws))
-        settings = {"bound": 0.05, "steps": STADV_STEPS}
+        settings = {"steps": STADV_STEPS, "draws": self.draws(subject, effort.bpda_draws)}
         found.append(Attack("stadv", "L6", settings, effort.images, move, None, moving))
         return found
 
@@ -388,5 +409,7 @@ class Planner:
         }
 
     def attacks(self, subject: Subject) -> list[Attack]:
-        """All of them, level by level."""
-        return [*self.grey_box(subject), *self.adaptive(subject), *self.unseen(subject)]
+        """All of them, level by level. Raises AssertionError if two have one name, which would be one finding."""
+        found = [*self.grey_box(subject), *self.adaptive(subject), *self.unseen(subject)]
+        assert len({attack.name for attack in found}) == len(found)
+        return found

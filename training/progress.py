@@ -15,6 +15,8 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from models.files import replace_text
+
 
 def key_of(depends_on: Mapping[str, object]) -> str:
     """The name of a finding: sha256 of what it depends on, as JSON."""
@@ -32,8 +34,10 @@ class Progress:
         self._found = dict[str, dict[str, Any]]()
         directory.mkdir(parents=True, exist_ok=True)
         if self._lines.exists():
-            whole = [line for line in self._lines.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            self._lines.write_text("".join(whole))
+            lines = self._lines.read_text().splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]
+            if len(whole) < len(lines):
+                replace_text(self._lines, "".join(whole))
             self._found = {entry["key"]: entry for entry in map(json.loads, whole)}
 
     def find(self, depends_on: Mapping[str, object]) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-LIBRARIES = ("torch", "numpy", "safetensors", "kornia", "foolbox", "datasets")
+LIBRARIES = ("torch", "numpy", "safetensors", "kornia", "foolbox", "pyautoattack", "datasets")
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:

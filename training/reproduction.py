@@ -14,8 +14,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from models.manifest import Strict
 
 TABLES = Path(__file__).parent / "recipes" / "reproduction" / "tables.toml"
@@ -120,7 +118,7 @@ def commands(table: Table, reports: Mapping[str, Mapping[str, Any] | None]) -> l
         where = "not run yet"
         if report is not None:
             recipe = report["recipe"]
-            hardware, minutes = recipe["hardware"], recipe["wall_s"] / 60
+            hardware, minutes = recipe["hardware"], recipe["attacks_s"] / 60
             machine = hardware["gpu"] or f"{hardware['threads']} threads of {hardware['cpu']}"
             where = f"seed {recipe['seed']}, {machine}, {minutes:.0f} minutes, commit {recipe['git_commit'][:12]}"
         options = f"--recipe training/recipes/{row.recipe} --bundle {row.bundle} --keep-report"
@@ -144,8 +142,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("docs/reproduction.md"), help="the page")
     options = parser.parse_args(arguments)
     try:
-        options.output.write_text(page(read_tables(), options.runs))
-    except (OSError, ValidationError, ValueError) as error:
+        text = page(read_tables(), options.runs)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(text)
+    except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0

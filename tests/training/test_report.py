@@ -14,10 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
+from models import transforms
+from models.atop import AtopPurifier
 from tests.networks import SIZE, tiny_bundle
 from tests.training.tiny import Workshop
 from training.attacks.looks import Looks
-from training.pictures import Picture, data_url, magnified, pictures
+from training.pictures import data_url, magnified, pictures
 from training.report import curve, histogram, page
 
 
@@ -137,7 +139,7 @@ def test_a_picture_is_the_image() -> None:
 
 def test_differences_are_magnified_around_grey() -> None:
     difference = torch.tensor([0.0, 0.05, -0.05, 1.0, -1.0])
-    torch.testing.assert_close(magnified(difference), torch.tensor([0.5, 0.7, 0.3, 1.0, 0.0]))
+    torch.testing.assert_close(magnified(difference), torch.tensor([0.5, 0.9, 0.1, 1.0, 0.0]))
 
 
 @pytest.mark.parametrize("defense", ["atop:rt2", "zeropur"])
@@ -160,10 +162,16 @@ def test_every_stage_is_shown_with_what_is_read_in_it(defense: str) -> None:
     if first.transformed is not None:
         shown = decoded(first.transformed)
         assert (shown == 128).all(-1).mean() == pytest.approx(0.25, abs=0.05)  # what is hidden is mid-grey
+        atop = defended.chain[0]
+        assert isinstance(atop, AtopPurifier)
+        seeds = defended.step_seeds(Looks(5, range(2)).next(), 0, 0)
+        mask = atop.draw_masks(seeds, images.device)[0]
+        hidden = transforms.hide(atop.noisy(adversarial, seeds), mask)
+        assert np.array_equal(shown, decoded(data_url(hidden[0])))
+        torch.testing.assert_close(atop.inpainter(hidden, mask)[-1].clamp(0, 1), purified)
 
 
 def test_every_field_of_a_picture_is_on_the_page(finished: Workshop) -> None:
     text = page_of(finished)
     shown = len(re.findall(r'alt="original"', text))
     assert shown == 4 * 4  # four defenses, the four images of a batch
-    assert len(Picture.__dataclass_fields__) == 10

@@ -19,7 +19,7 @@ def cell(accuracy: float) -> dict[str, Any]:
 def report() -> dict[str, Any]:
     entry = {"standard": cell(0.9), "grey_box": {"pgd20": cell(0.8)}, "adaptive": {"full": cell(0.3)}, "unseen": {}}
     hardware = {"cpu": "a processor", "threads": 2, "gpu": None}
-    recipe = {"seed": 7, "hardware": hardware, "wall_s": 240.0, "git_commit": "0123456789abcdef"}
+    recipe = {"seed": 7, "hardware": hardware, "attacks_s": 240.0, "git_commit": "0123456789abcdef"}
     return {"undefended": {**entry, "standard": cell(0.95)}, "defenses": {"atop": entry}, "recipe": recipe}
 
 
@@ -86,6 +86,6 @@ def test_a_row_must_have_a_number_for_every_column(tmp_path: Path) -> None:
 
 
 def test_the_command_writes_the_page(tmp_path: Path) -> None:
-    assert main(["--runs", str(tmp_path), "--output", str(tmp_path / "page.md")]) == 0
-    assert (tmp_path / "page.md").read_text() == page(read_tables(), tmp_path)
-    assert main(["--output", str(tmp_path / "missing" / "page.md")]) == 2
+    assert main(["--runs", str(tmp_path), "--output", str(tmp_path / "docs" / "page.md")]) == 0
+    assert (tmp_path / "docs" / "page.md").read_text() == page(read_tables(), tmp_path)
+    assert main(["--output", str(tmp_path)]) == 2  # a folder

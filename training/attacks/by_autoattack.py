@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,9 +47,15 @@ class _Attacked(nn.Module):
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without AutoAttack's warnings about the model: `training.credibility` looks at the same signs, and more."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*flags_doc")
-        yield
+    logger = logging.getLogger("auto-attack")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*flags_doc")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def autoattack(
@@ -57,12 +64,12 @@ def autoattack(
     """AutoAttack `standard` on a deterministic model: APGD-CE, APGD-T, FAB-T and Square, each on what is left.
 
     Targeted attacks try the nine likeliest wrong classes, or all where there are fewer. An image that withstands all
-    four comes back as it was. Raises ValueError for two classes, for which the targeted loss is not defined.
+    four comes back as it was. Raises ValueError for fewer than four classes, which its targeted loss needs.
     """
     with torch.no_grad():
         classes = model(images[:1]).shape[1]
-    if classes < 3:
-        raise ValueError("AutoAttack's targeted loss needs three classes or more")
+    if classes < 4:
+        raise ValueError("AutoAttack's targeted loss needs four classes or more")
     attack = AutoAttack(
         _Attacked(model), norm=NORMS[type(threat)], eps=threat.eps, seed=seed, version="standard", device=images.device
     )
@@ -108,7 +115,10 @@ def apgd(
 
 
 def square(model: nn.Module, images: Tensor, labels: Tensor, threat: Linf | L2, *, queries: int, seed: int) -> Tensor:
-    """Square: random search with at most `queries` calls an image, no gradient. One that withstands stays as it was."""
+    """Square: random search with at most `queries` calls an image, no gradient; the images of the largest margin.
+
+    Its own `perturb` would give back only those that a single call misclassified: a verdict of its own, as for `apgd`.
+    """
     attack = SquareAttack(
         _Attacked(model),
         norm=NORMS[type(threat)],
@@ -121,5 +131,7 @@ def square(model: nn.Module, images: Tensor, labels: Tensor, threat: Linf | L2, 
         device=images.device,
     )
     with torch.no_grad():
-        adversarial: Tensor = attack.perturb(images.contiguous(), labels)
+        attack.init_hyperparam(images)
+        torch.manual_seed(seed)
+        adversarial: Tensor = attack.attack_single_run(images.contiguous(), labels)[1]
     return adversarial

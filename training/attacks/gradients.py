@@ -66,23 +66,29 @@ def averaged(one_look: Callable[[Tensor, list[int]], Tensor], looks: Looks, draw
     return gradient
 
 
-def while_natural(classifier: Classifier, aid: Aid, labels: Tensor, *, weight: float) -> Gradient:
+def while_natural(
+    passed: DefendedClassifier, aid: Aid, labels: Tensor, looks: Looks, *, weight: float, draws: int = 1
+) -> Gradient:
     """The auxiliary-aware attack on AID: CE(f(x), y) + weight * log D(x): fool f while D sees a natural image.
 
-    AID, App. E, after Shi et al. (2021); as there, nothing is purified on the way.
+    AID, App. E, after Shi et al. (2021). `passed` is what an image meets that AID finds natural: the bare classifier,
+    as there, or the cheap chain behind a gate.
     """
+    fooling = through(passed, labels, looks, draws=draws)
 
-    def objective(images: Tensor) -> Tensor:
-        return cross_entropy(classifier, images, labels) + weight * F.logsigmoid(aid.logits(images))
+    def gradient(images: Tensor) -> Tensor:
+        natural = input_gradient(lambda x: F.logsigmoid(aid.logits(x)), images)
+        return fooling(images) + weight * natural
 
-    return lambda images: input_gradient(objective, images)
+    return gradient
 
 
 def while_aligned(classifier: Classifier, spec: BlurSpec, labels: Tensor, *, weight: float) -> Gradient:
     """The defense-aware attack on ZeroPur: CE(f(x), y) - weight * (1 - cos(z(x), z(B(x)))).
 
     An image whose embedding already agrees with that of its blurred copy leaves coarse shifting nothing to ascend.
-    After Mao et al. (2021), who leave the auxiliary loss to the defense; both arguments are differentiated.
+    After Mao et al. (2021), who leave the auxiliary loss to the defense; both arguments are differentiated, but for a
+    TV blur, which has no gradient.
     """
 
     def objective(images: Tensor) -> Tensor:

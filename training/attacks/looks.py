@@ -45,19 +45,21 @@ def seen(defended: DefendedClassifier, seeds: Sequence[int]) -> Model:
 class Oracle(torch.nn.Module):
     """A defended classifier that can be asked for logits, for attacks that choose themselves which images they ask of.
 
-    Every call is a new look; images are told apart by their place in the call.
+    Every call makes `looks` new looks and answers with the mean of their probabilities; images are told apart by their
+    place in the call.
     """
 
-    def __init__(self, defended: DefendedClassifier, seed: int) -> None:
+    def __init__(self, defended: DefendedClassifier, seed: int, looks: int = 1) -> None:
         super().__init__()
-        self.defended, self.seed = defended, seed
+        self.defended, self.seed, self.looks = defended, seed, looks
         self.queries = 0
         """Images that were asked for."""
         self._calls = 0
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, K)."""
+        """Logits (N, K); with several looks the logarithm of the mean probabilities."""
         self._calls += 1
         self.queries += len(images)
-        seeds = Looks(derive_seed(self.seed, "call", self._calls), range(len(images))).next()
-        return self.defended.vote(images, seeds, 0)
+        looks = Looks(derive_seed(self.seed, "call", self._calls), range(len(images)))
+        answers = [self.defended.vote(images, looks.next(), 0) for _ in range(self.looks)]
+        return answers[0] if len(answers) == 1 else torch.stack(answers).softmax(2).mean(0).log()

@@ -85,7 +85,7 @@ def test_apgd_is_at_least_as_strong_as_our_pgd() -> None:
 
 def test_two_classes_are_refused() -> None:
     problem = linear_problem()
-    with pytest.raises(ValueError, match="three classes"):
+    with pytest.raises(ValueError, match="four classes"):
         autoattack(problem.classifier, problem.images, problem.labels, Linf(0.1), seed=0)
 
 
