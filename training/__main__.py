@@ -126,7 +126,8 @@ def run_command(recipe: Strict, options: argparse.Namespace) -> str:
 
             return str(export(recipe, options.runs, options.repository))
         case EvaluateRecipe():
-            from training.evaluate import below, evaluate, table
+            from training.evaluate import evaluate
+            from training.report import below, table
 
             report = evaluate(recipe, options.bundle, options.device, options.runs, keep_report=options.keep_report)
             if options.fail_below is not None and (failures := below(report, options.fail_below)):

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import binomtest, mannwhitneyu
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,6 +34,7 @@ from training.plan import GROUPS, Attack, Planner, Subject
 from training.progress import Progress
 from training.provenance import git_commit, hardware, library_versions
 from training.report import page
+from training.statistics import against_static, binomial, detection
 
 COST_BATCH = 32
 COST_REPEATS = 5
@@ -315,27 +315,6 @@ def doubts(
     return reasons_found
 
 
-def against_static(defended: Tensor, static: Tensor) -> dict[str, Any]:
-    """The defense's worst case against the bare classifier's, on the same images: a sign test on those that differ."""
-    count = min(len(defended), len(static))
-    defended, static = defended[:count], static[:count]
-    better, worse = int((defended & ~static).sum()), int((static & ~defended).sum())
-    p_value = float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
-    return {
-        "difference": round((better - worse) / count, 4),
-        "better": better,
-        "worse": worse,
-        "n": count,
-        "p_value": round(p_value, 6),
-    }
-
-
-def binomial(right: float, n: int) -> dict[str, Any]:
-    """`right` of `n` as accuracy and Wilson's 95 % interval, in [0, 1]."""
-    interval = binomtest(round(right), n).proportion_ci(0.95, method="wilson")
-    return {"accuracy": round(right / n, 4), "interval": [round(interval.low, 4), round(interval.high, 4)], "n": n}
-
-
 def cost(bundle: Bundle, defense: str) -> float:
     """Time of defended over undefended inference for a batch of 32, the best of five runs of each, in turn."""
     device = bundle.classifier.normalize.mean.device
@@ -420,30 +399,6 @@ def aid_scores(evaluation: Evaluation) -> dict[str, Tensor]:
             parts.append(bundle.aid_score(seen).cpu())
         scores["clean" if attack is None else attack.name] = torch.cat(parts)
     return scores
-
-
-def detection(scores: Mapping[str, Tensor], threshold: float) -> dict[str, Any]:
-    """How well the scores tell clean images from attacked ones: AUROC, and rates at the bundle's threshold."""
-    clean = scores["clean"]
-    return {
-        "threshold": threshold,
-        "false_positive_rate": binomial(float((clean < threshold).sum()), len(clean)),
-        "attacks": {
-            name: {
-                "auroc": round(auroc(clean, found), 4),
-                "detected": binomial(float((found < threshold).sum()), len(found)),
-            }
-            for name, found in scores.items()
-            if name != "clean"
-        },
-    }
-
-
-def auroc(natural: Tensor, adversarial: Tensor) -> float:
-    """The probability that a natural image scores above an adversarial one (Mann-Whitney U over both counts)."""
-    # In float32 the sum of ranks would lose its last digits, and would be no number that JSON knows.
-    statistic = float(mannwhitneyu(natural.double().numpy(), adversarial.double().numpy()).statistic)
-    return statistic / (len(natural) * len(adversarial))
 
 
 # --- the whole
@@ -538,47 +493,3 @@ def prepare(recipe: EvaluateRecipe, directory: Path, device: torch.device, runs:
     manifest = bundle.manifest
     progress = Progress(runs / "evaluations" / f"{manifest.name}-{manifest.version}")
     return Evaluation(recipe, bundle, shuffled, progress, others, data.fingerprint())
-
-
-def below(report: Mapping[str, Any], wanted: float) -> list[str]:
-    """A line for every defense whose worst case was measured and is below `wanted`, or is not credible."""
-    lines = list[str]()
-    for name, row in report["defenses"].items():
-        if row["worst_case"] is None:  # the recipe asked for no more than its grey-box numbers
-            continue
-        accuracy = row["worst_case"]["accuracy"]
-        if accuracy < wanted:
-            lines.append(f"{name}: the worst case is {accuracy:.4f}, below {wanted:g}")
-        if not row["credible"]:
-            lines.append(f"{name}: not credible: {'; '.join(row['reasons'])}")
-    return lines
-
-
-def table(report: Mapping[str, Any]) -> str:
-    """The report as the table that is printed on the terminal."""
-    rows = [("undefended", report["undefended"]), *report["defenses"].items()]
-    attacks = list(report["undefended"]["grey_box"])
-    names = ["standard", *attacks, "worst case"]
-    lines = [f"{'defense':<18}" + "".join(f"{name:>26}" for name in names) + f"{'cost':>9}  credible"]
-    for name, row in rows:
-        cells = [row["standard"], *(row["grey_box"].get(attack) for attack in attacks), row["worst_case"]]
-        credible = "yes" if row["credible"] else "NO"
-        lines.append(f"{name:<18}" + "".join(f"{_cell(c):>26}" for c in cells) + f"{row['cost']:>8.1f}x  {credible}")
-    lines.append("")
-    for name, row in rows:
-        adaptive = sorted(row["adaptive"].items(), key=lambda item: item[1]["accuracy"])
-        found = (f"{attack} {100 * cell['accuracy']:.1f}" for attack, cell in adaptive)
-        lines.append(f"{name}: {', '.join(found)}")
-        lines += [f"  not credible: {reason}" for reason in row["reasons"]]
-    if "detection" in report:
-        scores = (f"{name} {values['auroc']:.4f}" for name, values in report["detection"]["attacks"].items())
-        lines.append(f"AID score, AUROC clean against attacked: {', '.join(scores)}")
-    lines.append("Grey-box accuracies are no evidence of robustness: their attacker does not know the defense.")
-    return "\n".join(lines)
-
-
-def _cell(cell: Mapping[str, Any] | None) -> str:
-    if cell is None:
-        return "-"
-    low, high = cell["interval"]
-    return f"{100 * cell['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f}, {cell['n']})"

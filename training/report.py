@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else: tables, curves, histograms and pictures."""
+"""A report as it is read: a table on the terminal, a gate, and one HTML page that needs nothing else."""
 
 from __future__ import annotations
 
@@ -90,3 +90,50 @@ def svg(figure: Figure) -> str:
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     text = file.getvalue()
     return text[text.index("<svg") :]
+
+
+# --- on the terminal
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The report as the table that is printed on the terminal."""
+    rows = [("undefended", report["undefended"]), *report["defenses"].items()]
+    attacks = list(report["undefended"]["grey_box"])
+    names = ["standard", *attacks, "worst case"]
+    lines = [f"{'defense':<18}" + "".join(f"{name:>26}" for name in names) + f"{'cost':>9}  credible"]
+    for name, row in rows:
+        cells = [row["standard"], *(row["grey_box"].get(attack) for attack in attacks), row["worst_case"]]
+        credible = "yes" if row["credible"] else "NO"
+        lines.append(f"{name:<18}" + "".join(f"{_cell(c):>26}" for c in cells) + f"{row['cost']:>8.1f}x  {credible}")
+    lines.append("")
+    for name, row in rows:
+        adaptive = sorted(row["adaptive"].items(), key=lambda item: item[1]["accuracy"])
+        found = (f"{attack} {100 * cell['accuracy']:.1f}" for attack, cell in adaptive)
+        lines.append(f"{name}: {', '.join(found)}")
+        lines += [f"  not credible: {reason}" for reason in row["reasons"]]
+    if "detection" in report:
+        scores = (f"{name} {values['auroc']:.4f}" for name, values in report["detection"]["attacks"].items())
+        lines.append(f"AID score, AUROC clean against attacked: {', '.join(scores)}")
+    lines.append("Grey-box accuracies are no evidence of robustness: their attacker does not know the defense.")
+    return "\n".join(lines)
+
+
+def _cell(cell: Mapping[str, Any] | None) -> str:
+    if cell is None:
+        return "-"
+    low, high = cell["interval"]
+    return f"{100 * cell['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f}, {cell['n']})"
+
+
+def below(report: Mapping[str, Any], wanted: float) -> list[str]:
+    """A line for every defense whose worst case was measured and is below `wanted`, or is not credible."""
+    lines = list[str]()
+    for name, row in report["defenses"].items():
+        if row["worst_case"] is None:  # the recipe asked for no more than its grey-box numbers
+            continue
+        accuracy = row["worst_case"]["accuracy"]
+        if accuracy < wanted:
+            lines.append(f"{name}: the worst case is {accuracy:.4f}, below {wanted:g}")
+        if not row["credible"]:
+            lines.append(f"{name}: not credible: {'; '.join(row['reasons'])}")
+    return lines

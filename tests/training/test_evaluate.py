@@ -25,23 +25,11 @@ from training.attacks.looks import Looks
 from training.budgets import BUDGETS, BudgetName
 from training.config import EvaluateRecipe
 from training.data import ImageSet
-from training.evaluate import (
-    Entry,
-    Evaluation,
-    against_static,
-    aid_scores,
-    auroc,
-    below,
-    binomial,
-    cost,
-    detection,
-    forecast,
-    head,
-    measure,
-    table,
-)
+from training.evaluate import Entry, Evaluation, aid_scores, cost, forecast, head, measure
 from training.plan import Planner, Subject
 from training.progress import Progress
+from training.report import below, table
+from training.statistics import against_static, auroc, binomial, detection
 
 
 def recipe_with(**changes: Any) -> EvaluateRecipe:

@@ -15,7 +15,7 @@ from tests.training.tiny import RECIPES, Workshop, assert_resumes_exactly, asser
 from training.attacks.pgd import pgd_linf
 from training.config import AidRecipe
 from training.data import to_float
-from training.evaluate import auroc
+from training.statistics import auroc
 from training.train_aid import CALIBRATED_RATES, AidTraining, avmixup, threshold_name
 from training.trained import frozen
 
