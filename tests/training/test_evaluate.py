@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,13 @@ from tqdm import tqdm
 
 from models import Bundle, Manifest, load_bundle
 from models.classifiers import Classifier
+from models.defense import DefendedClassifier
 from models.manifest import ClassifierSpec, Defenses
 from models.randomness import derive_seed
 from tests.fakes import color_classifier, linear_classifier, linear_problem, smooth_classifier
 from tests.training.tiny import CLASSES, RECIPES, SIDE, Workshop, color_set
 from training.__main__ import main
 from training.attacks import by_foolbox
-from training.attacks.looks import Looks
 from training.budgets import BUDGETS, BudgetName
 from training.config import EvaluateRecipe
 from training.data import ImageSet
@@ -202,16 +203,36 @@ def test_an_attack_that_leaves_its_budget_is_not_reported(tmp_path: Path) -> Non
         evaluation.attacked(far, torch.rand(2, 3, SIDE, SIDE), torch.tensor([0, 1]), [0, 1])
 
 
-def test_the_verdict_uses_randomness_that_no_attack_has_seen(finished: Workshop, tmp_path: Path) -> None:
+def test_the_verdict_uses_randomness_that_no_attack_has_seen(
+    finished: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every seed that reaches the defense is noted, and whether it was for a verdict."""
     bundle = load_bundle(finished.bundle)
-    evaluation = evaluation_of(bundle, color_set(20), tmp_path)
-    seen = set[int]()
-    for name in ("bpda", "full", "fixed_look"):
-        looks = Looks(derive_seed(evaluation.recipe.seed, "attack", name), range(20))
-        seen |= {seed for _ in range(10) for seed in looks.next()}
-    verdicts = {seed for what in ("bpda", "full", 0, 1) for seed in evaluation.verdict_seeds(range(20), what)}
-    assert len(verdicts) == 80
-    assert not seen & verdicts
+    evaluation = evaluation_of(bundle, color_set(8), tmp_path)
+    seen, judging = {True: set[int](), False: set[int]()}, [False]
+    vote, right = DefendedClassifier.vote, Evaluation.right
+
+    def noted(self: DefendedClassifier, images: Tensor, seeds: Sequence[int], number: int) -> Tensor:
+        seen[judging[0]] |= set(seeds)
+        return vote(self, images, seeds, number)
+
+    def judged(self: Evaluation, subject: Subject, images: Tensor, labels: Tensor, seeds: Sequence[int]) -> Tensor:
+        judging[0] = True
+        try:
+            return right(self, subject, images, labels, seeds)
+        finally:
+            judging[0] = False
+
+    monkeypatch.setattr(DefendedClassifier, "vote", noted)
+    monkeypatch.setattr(Evaluation, "right", judged)
+    subject = Subject("atop", bundle.defended("atop"))
+    evaluation.clean(subject, 8, 2)
+    for attack in evaluation.planner().adaptive(subject):
+        evaluation.withstood(subject, replace(attack, images=8), tqdm(disable=True))
+
+    assert len(seen[False]) > 100
+    assert len(seen[True]) == 8 * (2 + len(evaluation.planner().adaptive(subject)))
+    assert not seen[True] & seen[False]
 
 
 def test_what_was_found_is_not_measured_again(
