@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,18 @@ from tqdm import tqdm
 
 from models import Bundle, load_bundle, write_report
 from models.files import replace_text
-from models.manifest import AutoPreset
 from models.randomness import derive_seed, generator_for
 from training import credibility
-from training.attacks.gradients import through
 from training.attacks.looks import Looks
-from training.attacks.threats import Linf, assert_in_budget
+from training.attacks.threats import Linf
 from training.config import EvaluateRecipe
-from training.data import DataError, ImageSet, in_batches, load_split
+from training.data import DataError, load_split
+from training.evaluation import Evaluation, clean_work, fitted, planned, weights_of
+from training.forecast import forecast
 from training.pictures import Picture, pictures
-from training.plan import GROUPS, Attack, Planner, Subject
+from training.plan import GROUPS, Subject
 from training.progress import Progress
-from training.provenance import git_commit, hardware, library_versions
+from training.provenance import hardware, library_versions
 from training.report import page
 from training.statistics import against_static, binomial, detection
 
@@ -43,148 +42,6 @@ PICTURES = 6
 AUTOATTACK_CLASSES = 4
 COSTLY_HEALTH_IMAGES = 8
 HEALTH_STEPS = 8
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A bundle, the images it is measured on, and what was found so far."""
-
-    recipe: EvaluateRecipe
-    bundle: Bundle
-    data: ImageSet
-    """The test images, shuffled by the recipe's seed."""
-    progress: Progress
-    transfer: Mapping[str, Bundle]
-    data_sha256: str = ""
-    """Of the test split as it is, so that two reports can tell whether they speak of the same images."""
-    used: list[dict[str, Any]] = field(default_factory=list)
-    """The findings that the report is made of, whenever they were made."""
-    commit: str = field(default_factory=git_commit)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the bundle is loaded."""
-        return self.bundle.classifier.normalize.mean.device
-
-    @cached_property
-    def identity(self) -> dict[str, object]:
-        """What every finding depends on."""
-        return {
-            "weights": weights_of(self.bundle),
-            "classifier": self.bundle.manifest.classifier.model_dump(mode="json"),
-            "data": self.data.fingerprint(),
-            "seed": self.recipe.seed,
-            "eps": self.recipe.eps,
-            "batch_size": self.recipe.batch_size,
-        }
-
-    def chain(self, defense: str) -> dict[str, object]:
-        """What the findings of a defense depend on beside: every step with its settings, and those behind `auto`."""
-        manifest = self.bundle.manifest
-        steps = list[object]()
-        for name, preset in manifest.chain(defense):
-            settings = manifest.defenses.offered()[name].presets[preset]
-            parts = (settings.cheap, settings.strong) if isinstance(settings, AutoPreset) else ()
-            behind = [self.chain(part) for part in parts]
-            steps.append([name, settings.model_dump(mode="json"), behind])
-        return {"defense": steps}
-
-    def subjects(self) -> list[Subject]:
-        """The bare classifier, then the defenses. Raises UnknownDefense for one that the bundle does not offer."""
-        manifest = self.bundle.manifest
-        named = self.recipe.defenses or tuple(manifest.defenses.offered())
-        names = dict.fromkeys(["none", *named, *self.recipe.grey_box_only])
-        return [Subject(name, self.bundle.defended(name)) for name in names]
-
-    def planner(self) -> Planner:
-        """Who decides which attacks are run."""
-        recipe = self.recipe
-        classes = len(self.bundle.classes)
-        return Planner(self.bundle.classifier, recipe.effort, recipe.eps, recipe.seed, self.transfer, classes)
-
-    # --- one image after the other
-
-    def batches(self, count: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Numbers, images and labels of the first `count` images."""
-        chosen = head(self.data, count)
-        start = 0
-        for images, labels in in_batches(chosen, self.recipe.batch_size, self.device):
-            yield list(range(start, start + len(labels))), images, labels
-            start += len(labels)
-
-    def right(self, subject: Subject, images: Tensor, labels: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Which images the defense labels right in one look, (N,)."""
-        with torch.no_grad():
-            return (subject.defended.vote(images, seeds, 0).argmax(1) == labels).cpu()
-
-    def verdict_seeds(self, numbers: Sequence[int], what: object) -> list[int]:
-        """Randomness that no attack has seen."""
-        return [derive_seed(self.recipe.seed, "verdict", str(what), number) for number in numbers]
-
-    def withstood(self, subject: Subject, attack: Attack, bar: tqdm[Any]) -> Tensor:
-        """Which of the attack's images the defense still labels right, (attack.images,); found once, then known."""
-        parts = list[Tensor]()
-        for numbers, images, labels in self.batches(attack.images):
-            of = {**self.identity, **self.chain(subject.name), **key_of(attack), "images": [numbers[0], len(numbers)]}
-            found = self.progress.find(of)
-            if found is None:
-                began = time.monotonic()
-                adversarial = self.attacked(attack, images, labels, numbers)
-                unseen = self.verdict_seeds(numbers, attack.name)
-                seeds = attack.known_seeds(numbers) if attack.known_seeds else unseen
-                right = self.right(subject, adversarial, labels, seeds)
-                wall_s = round(time.monotonic() - began, 3)
-                found = {"right": right.int().tolist(), "wall_s": wall_s, "commit": self.commit}
-                self.progress.add(of, found)
-            self.used.append(found)
-            parts.append(torch.tensor(found["right"], dtype=torch.bool))
-            bar.update(len(numbers))
-        return torch.cat(parts)
-
-    def attacked(self, attack: Attack, images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
-        """The adversarial images. Raises AssertionError if the attack leaves its budget."""
-        of = {**self.identity, **key_of(attack), "images": [numbers[0], len(numbers)]}
-        kept = self.progress.images(of) if attack.shared else None
-        if kept is not None:
-            return kept.to(self.device)
-        adversarial = attack.run(images, labels, numbers)
-        if attack.threat is not None:
-            assert_in_budget(adversarial, images, attack.threat, attack.name)
-        if attack.shared:
-            self.progress.keep_images(of, adversarial.cpu())
-        return adversarial
-
-    def clean(self, subject: Subject, count: int, draws: int) -> Tensor:
-        """Which clean images are labeled right, per draw, (draws, count)."""
-        rows = list[Tensor]()
-        for draw in range(draws):
-            parts = list[Tensor]()
-            for numbers, images, labels in self.batches(count):
-                of = {**self.identity, **self.chain(subject.name), "clean": draw, "images": [numbers[0], len(numbers)]}
-                found = self.progress.find(of)
-                if found is None:
-                    right = self.right(subject, images, labels, self.verdict_seeds(numbers, draw))
-                    found = {"right": right.int().tolist(), "wall_s": 0.0, "commit": self.commit}
-                    self.progress.add(of, found)
-                self.used.append(found)
-                parts.append(torch.tensor(found["right"], dtype=torch.bool))
-            rows.append(torch.cat(parts))
-        return torch.stack(rows)
-
-
-def key_of(attack: Attack) -> dict[str, object]:
-    """What an attack's findings depend on, beside the bundle and the images."""
-    return {"attack": attack.name, "settings": dict(attack.settings)}
-
-
-def weights_of(bundle: Bundle) -> dict[str, str]:
-    """The sha256 of every file of weights."""
-    return {name: sha256 for name, sha256 in bundle.manifest.files.items() if name.endswith(".safetensors")}
-
-
-def head(data: ImageSet, count: int) -> ImageSet:
-    """The first `count` images, or all where there are fewer."""
-    return data.subset(torch.arange(min(count, len(data))))
 
 
 # --- one entry of the report
@@ -253,26 +110,6 @@ def curves(evaluation: Evaluation, subject: Subject) -> dict[str, list[dict[str,
     return found
 
 
-def planned(evaluation: Evaluation, subject: Subject) -> list[Attack]:
-    """Every attack on a defense, on no more images than there are."""
-    planner = evaluation.planner()
-    only_grey = subject.name in evaluation.recipe.grey_box_only
-    attacks = planner.grey_box(subject) if only_grey else planner.attacks(subject)
-    return [fitted(attack, len(evaluation.data)) for attack in attacks]
-
-
-def clean_work(evaluation: Evaluation, subject: Subject) -> tuple[int, int]:
-    """How many clean images a defense is asked about, and how many times each."""
-    budget = evaluation.recipe.effort
-    count = budget.costly_images if subject.descends else budget.clean_images
-    return min(count, len(evaluation.data)), budget.clean_draws if subject.defended.is_random else 1
-
-
-def fitted(attack: Attack, available: int) -> Attack:
-    """The attack on as many images as there are."""
-    return replace(attack, images=min(attack.images, available))
-
-
 def doubts(
     evaluation: Evaluation,
     subject: Subject,
@@ -326,59 +163,6 @@ def cost(bundle: Bundle, defense: str) -> float:
             bundle.probabilities(name, images, seed=0).cpu()
             best[name] = min(best[name], time.perf_counter() - began)
     return best[defense] / best["none"]
-
-
-# --- before it starts
-
-
-def forecast(evaluation: Evaluation, subjects: Sequence[Subject]) -> str:
-    """What every level of every defense will cost, in minutes on this machine, as a table; from a few timed passes.
-
-    What an earlier run found is counted too: it will come at once.
-    """
-    levels = ["L0", *GROUPS]
-    lines = [f"{'minutes, about':<18}" + "".join(f"{level:>8}" for level in levels) + f"{'all':>8}"]
-    total = 0.0
-    bare = unit_times(evaluation, subjects[0]).gradient
-    for subject in subjects:
-        times, seconds = unit_times(evaluation, subject), dict.fromkeys(levels, 0.0)
-        count, draws = clean_work(evaluation, subject)
-        seconds["L0"] = count * draws * times.answer
-        curved = {} if subject.name in evaluation.recipe.grey_box_only else evaluation.planner().curves(subject)
-        points = [attack for axis in curved.values() for _, attack in axis]
-        for attack in [*planned(evaluation, subject), *(fitted(attack, len(evaluation.data)) for attack in points)]:
-            work = attack.work
-            own = 0.0 if attack.shared and subject.purifiers else work.bare * bare
-            own += work.looks * times.gradient + work.answers * times.answer
-            seconds[attack.level] += attack.images * own
-        total += sum(seconds.values())
-        cells = [*seconds.values(), sum(seconds.values())]
-        lines.append(f"{subject.name:<18}" + "".join(f"{value / 60:>8.1f}" for value in cells))
-    return "\n".join([*lines, f"In all about {total / 60:.0f} minutes."])
-
-
-@dataclass(frozen=True)
-class UnitTimes:
-    """Seconds per image."""
-
-    answer: float
-    gradient: float
-
-
-def unit_times(evaluation: Evaluation, subject: Subject) -> UnitTimes:
-    """One answer and one gradient of a defense, per image of a batch as large as its attacks will see."""
-    size = min(evaluation.recipe.batch_size, evaluation.planner().effort(subject).images, len(evaluation.data))
-    _, images, labels = next(evaluation.batches(size))
-    looks = Looks(0, range(size))
-
-    def timed(run: Callable[[], object]) -> float:
-        began = time.perf_counter()
-        run()
-        return (time.perf_counter() - began) / size
-
-    answer = timed(lambda: evaluation.right(subject, images, labels, looks.next()))
-    climbed = through(subject.defended, labels, looks, draws=1)
-    return UnitTimes(answer, timed(lambda: climbed(images)))
 
 
 # --- detection

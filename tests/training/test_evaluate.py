@@ -26,7 +26,9 @@ from training.attacks import by_foolbox
 from training.budgets import BUDGETS, BudgetName
 from training.config import EvaluateRecipe
 from training.data import ImageSet
-from training.evaluate import Entry, Evaluation, aid_scores, cost, forecast, head, measure
+from training.evaluate import Entry, aid_scores, cost, measure
+from training.evaluation import Evaluation, head
+from training.forecast import forecast
 from training.plan import Planner, Subject
 from training.progress import Progress
 from training.report import below, table

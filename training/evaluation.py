@@ -1,0 +1,185 @@
+"""A bundle, the images it is measured on, and what was found of it: how one defense fares against one attack."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from models import Bundle
+from models.manifest import AutoPreset
+from models.randomness import derive_seed
+from training.attacks.threats import assert_in_budget
+from training.config import EvaluateRecipe
+from training.data import ImageSet, in_batches
+from training.plan import Attack, Planner, Subject
+from training.progress import Progress
+from training.provenance import git_commit
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A bundle, the images it is measured on, and what was found so far."""
+
+    recipe: EvaluateRecipe
+    bundle: Bundle
+    data: ImageSet
+    """The test images, shuffled by the recipe's seed."""
+    progress: Progress
+    transfer: Mapping[str, Bundle]
+    data_sha256: str = ""
+    """Of the test split as it is, so that two reports can tell whether they speak of the same images."""
+    used: list[dict[str, Any]] = field(default_factory=list)
+    """The findings that the report is made of, whenever they were made."""
+    commit: str = field(default_factory=git_commit)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the bundle is loaded."""
+        return self.bundle.classifier.normalize.mean.device
+
+    @cached_property
+    def identity(self) -> dict[str, object]:
+        """What every finding depends on."""
+        return {
+            "weights": weights_of(self.bundle),
+            "classifier": self.bundle.manifest.classifier.model_dump(mode="json"),
+            "data": self.data.fingerprint(),
+            "seed": self.recipe.seed,
+            "eps": self.recipe.eps,
+            "batch_size": self.recipe.batch_size,
+        }
+
+    def chain(self, defense: str) -> dict[str, object]:
+        """What the findings of a defense depend on beside: every step with its settings, and those behind `auto`."""
+        manifest = self.bundle.manifest
+        steps = list[object]()
+        for name, preset in manifest.chain(defense):
+            settings = manifest.defenses.offered()[name].presets[preset]
+            parts = (settings.cheap, settings.strong) if isinstance(settings, AutoPreset) else ()
+            behind = [self.chain(part) for part in parts]
+            steps.append([name, settings.model_dump(mode="json"), behind])
+        return {"defense": steps}
+
+    def subjects(self) -> list[Subject]:
+        """The bare classifier, then the defenses. Raises UnknownDefense for one that the bundle does not offer."""
+        manifest = self.bundle.manifest
+        named = self.recipe.defenses or tuple(manifest.defenses.offered())
+        names = dict.fromkeys(["none", *named, *self.recipe.grey_box_only])
+        return [Subject(name, self.bundle.defended(name)) for name in names]
+
+    def planner(self) -> Planner:
+        """Who decides which attacks are run."""
+        recipe = self.recipe
+        classes = len(self.bundle.classes)
+        return Planner(self.bundle.classifier, recipe.effort, recipe.eps, recipe.seed, self.transfer, classes)
+
+    # --- one image after the other
+
+    def batches(self, count: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Numbers, images and labels of the first `count` images."""
+        chosen = head(self.data, count)
+        start = 0
+        for images, labels in in_batches(chosen, self.recipe.batch_size, self.device):
+            yield list(range(start, start + len(labels))), images, labels
+            start += len(labels)
+
+    def right(self, subject: Subject, images: Tensor, labels: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Which images the defense labels right in one look, (N,)."""
+        with torch.no_grad():
+            return (subject.defended.vote(images, seeds, 0).argmax(1) == labels).cpu()
+
+    def verdict_seeds(self, numbers: Sequence[int], what: object) -> list[int]:
+        """Randomness that no attack has seen."""
+        return [derive_seed(self.recipe.seed, "verdict", str(what), number) for number in numbers]
+
+    def withstood(self, subject: Subject, attack: Attack, bar: tqdm[Any]) -> Tensor:
+        """Which of the attack's images the defense still labels right, (attack.images,); found once, then known."""
+        parts = list[Tensor]()
+        for numbers, images, labels in self.batches(attack.images):
+            of = {**self.identity, **self.chain(subject.name), **key_of(attack), "images": [numbers[0], len(numbers)]}
+            found = self.progress.find(of)
+            if found is None:
+                began = time.monotonic()
+                adversarial = self.attacked(attack, images, labels, numbers)
+                unseen = self.verdict_seeds(numbers, attack.name)
+                seeds = attack.known_seeds(numbers) if attack.known_seeds else unseen
+                right = self.right(subject, adversarial, labels, seeds)
+                wall_s = round(time.monotonic() - began, 3)
+                found = {"right": right.int().tolist(), "wall_s": wall_s, "commit": self.commit}
+                self.progress.add(of, found)
+            self.used.append(found)
+            parts.append(torch.tensor(found["right"], dtype=torch.bool))
+            bar.update(len(numbers))
+        return torch.cat(parts)
+
+    def attacked(self, attack: Attack, images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
+        """The adversarial images. Raises AssertionError if the attack leaves its budget."""
+        of = {**self.identity, **key_of(attack), "images": [numbers[0], len(numbers)]}
+        kept = self.progress.images(of) if attack.shared else None
+        if kept is not None:
+            return kept.to(self.device)
+        adversarial = attack.run(images, labels, numbers)
+        if attack.threat is not None:
+            assert_in_budget(adversarial, images, attack.threat, attack.name)
+        if attack.shared:
+            self.progress.keep_images(of, adversarial.cpu())
+        return adversarial
+
+    def clean(self, subject: Subject, count: int, draws: int) -> Tensor:
+        """Which clean images are labeled right, per draw, (draws, count)."""
+        rows = list[Tensor]()
+        for draw in range(draws):
+            parts = list[Tensor]()
+            for numbers, images, labels in self.batches(count):
+                of = {**self.identity, **self.chain(subject.name), "clean": draw, "images": [numbers[0], len(numbers)]}
+                found = self.progress.find(of)
+                if found is None:
+                    right = self.right(subject, images, labels, self.verdict_seeds(numbers, draw))
+                    found = {"right": right.int().tolist(), "wall_s": 0.0, "commit": self.commit}
+                    self.progress.add(of, found)
+                self.used.append(found)
+                parts.append(torch.tensor(found["right"], dtype=torch.bool))
+            rows.append(torch.cat(parts))
+        return torch.stack(rows)
+
+
+def key_of(attack: Attack) -> dict[str, object]:
+    """What an attack's findings depend on, beside the bundle and the images."""
+    return {"attack": attack.name, "settings": dict(attack.settings)}
+
+
+def weights_of(bundle: Bundle) -> dict[str, str]:
+    """The sha256 of every file of weights."""
+    return {name: sha256 for name, sha256 in bundle.manifest.files.items() if name.endswith(".safetensors")}
+
+
+def head(data: ImageSet, count: int) -> ImageSet:
+    """The first `count` images, or all where there are fewer."""
+    return data.subset(torch.arange(min(count, len(data))))
+
+
+def planned(evaluation: Evaluation, subject: Subject) -> list[Attack]:
+    """Every attack on a defense, on no more images than there are."""
+    planner = evaluation.planner()
+    only_grey = subject.name in evaluation.recipe.grey_box_only
+    attacks = planner.grey_box(subject) if only_grey else planner.attacks(subject)
+    return [fitted(attack, len(evaluation.data)) for attack in attacks]
+
+
+def clean_work(evaluation: Evaluation, subject: Subject) -> tuple[int, int]:
+    """How many clean images a defense is asked about, and how many times each."""
+    budget = evaluation.recipe.effort
+    count = budget.costly_images if subject.descends else budget.clean_images
+    return min(count, len(evaluation.data)), budget.clean_draws if subject.defended.is_random else 1
+
+
+def fitted(attack: Attack, available: int) -> Attack:
+    """The attack on as many images as there are."""
+    return replace(attack, images=min(attack.images, available))

@@ -1,0 +1,62 @@
+"""What an evaluation will cost here, before it starts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from training.attacks.gradients import through
+from training.attacks.looks import Looks
+from training.evaluation import Evaluation, clean_work, fitted, planned
+from training.plan import GROUPS, Subject
+
+
+def forecast(evaluation: Evaluation, subjects: Sequence[Subject]) -> str:
+    """What every level of every defense will cost, in minutes on this machine, as a table; from a few timed passes.
+
+    What an earlier run found is counted too: it will come at once.
+    """
+    levels = ["L0", *GROUPS]
+    lines = [f"{'minutes, about':<18}" + "".join(f"{level:>8}" for level in levels) + f"{'all':>8}"]
+    total = 0.0
+    bare = unit_times(evaluation, subjects[0]).gradient
+    for subject in subjects:
+        times, seconds = unit_times(evaluation, subject), dict.fromkeys(levels, 0.0)
+        count, draws = clean_work(evaluation, subject)
+        seconds["L0"] = count * draws * times.answer
+        curved = {} if subject.name in evaluation.recipe.grey_box_only else evaluation.planner().curves(subject)
+        points = [attack for axis in curved.values() for _, attack in axis]
+        for attack in [*planned(evaluation, subject), *(fitted(attack, len(evaluation.data)) for attack in points)]:
+            work = attack.work
+            own = 0.0 if attack.shared and subject.purifiers else work.bare * bare
+            own += work.looks * times.gradient + work.answers * times.answer
+            seconds[attack.level] += attack.images * own
+        total += sum(seconds.values())
+        cells = [*seconds.values(), sum(seconds.values())]
+        lines.append(f"{subject.name:<18}" + "".join(f"{value / 60:>8.1f}" for value in cells))
+    return "\n".join([*lines, f"In all about {total / 60:.0f} minutes."])
+
+
+@dataclass(frozen=True)
+class UnitTimes:
+    """Seconds per image."""
+
+    answer: float
+    gradient: float
+
+
+def unit_times(evaluation: Evaluation, subject: Subject) -> UnitTimes:
+    """One answer and one gradient of a defense, per image of a batch as large as its attacks will see."""
+    size = min(evaluation.recipe.batch_size, evaluation.planner().effort(subject).images, len(evaluation.data))
+    _, images, labels = next(evaluation.batches(size))
+    looks = Looks(0, range(size))
+
+    def timed(run: Callable[[], object]) -> float:
+        began = time.perf_counter()
+        run()
+        return (time.perf_counter() - began) / size
+
+    answer = timed(lambda: evaluation.right(subject, images, labels, looks.next()))
+    climbed = through(subject.defended, labels, looks, draws=1)
+    return UnitTimes(answer, timed(lambda: climbed(images)))
