@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import safetensors
@@ -24,7 +24,7 @@ from models.classifiers import Classifier, build_classifier
 from models.defense import DefendedClassifier, Purifier, Seed
 from models.files import replace_text
 from models.gate import GatePurifier
-from models.manifest import AidSpec, AtopSpec, AutoSpec, Manifest, ZeroPurSpec
+from models.manifest import AidSpec, AtopSpec, AutoPreset, AutoSpec, Manifest, ZeroPurSpec
 from models.packed import packed_twin
 from models.zeropur import ZeroPurPurifier
 
@@ -109,10 +109,19 @@ class Bundle:
         raise BundleError(f"bundle {self.manifest.name} offers {name} but was put together without its network")
 
     @torch.no_grad()
-    def purify(self, defense: str, images: Tensor, seed: Seed = None) -> Tensor:
-        """Images (N, 3, H, W) in [0, 1] after the chain; same shape and range. No gradient is kept."""
+    def purify(self, defense: str, images: Tensor, seed: Seed = None, ran: Sequence[str] | None = None) -> Tensor:
+        """Images (N, 3, H, W) in [0, 1] after the chain; same shape and range. No gradient is kept.
+
+        `ran` is what the method of that name said of these images, so that `auto` does not score them again.
+        """
         defended = self.defended(defense, seed=seed)
-        return defended.purify(images, defended.seeds_for(images))
+        seeds = defended.seeds_for(images)
+        gate = next(iter(defended.chain), None)
+        if ran is None or not isinstance(gate, GatePurifier):
+            return defended.purify(images, seeds)
+        strong = self._gate_preset(defense).strong
+        suspects = torch.tensor([chain == strong for chain in ran], device=images.device)
+        return gate.routed(images, defended.step_seeds(seeds, 0, 0), suspects)
 
     @torch.no_grad()
     def probabilities(self, defense: str, images: Tensor, votes: int = 1, seed: Seed = None) -> Tensor:
@@ -120,15 +129,18 @@ class Bundle:
         logits: Tensor = self.defended(defense, votes=votes, seed=seed)(images)
         return logits.softmax(1)
 
+    def _gate_preset(self, defense: str) -> AutoPreset:
+        ((_, preset),) = self.manifest.chain(defense)
+        assert self.manifest.defenses.auto is not None
+        return self.manifest.defenses.auto.presets[preset]
+
     @torch.no_grad()
     def ran(self, defense: str, images: Tensor) -> list[str]:
         """For every image (N, 3, H, W), the chain that `auto` chooses for it; any other defense is itself."""
         (gate,) = self._chain(defense) if defense.partition(":")[0] == "auto" else (None,)
         if not isinstance(gate, GatePurifier):
             return [defense] * len(images)
-        ((_, preset),) = self.manifest.chain(defense)
-        assert self.manifest.defenses.auto is not None
-        chains = self.manifest.defenses.auto.presets[preset]
+        chains = self._gate_preset(defense)
         return [chains.strong if suspect else chains.cheap for suspect in gate.suspects(images).tolist()]
 
     @torch.no_grad()

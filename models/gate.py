@@ -37,7 +37,10 @@ class GatePurifier(nn.Module):
 
     def forward(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
         """Purified images, same shape, in [0, 1]; differentiable where the chains are. The gate itself is a step."""
-        suspects = self.suspects(images)
+        return self.routed(images, seeds, self.suspects(images))
+
+    def routed(self, images: Tensor, seeds: Sequence[int], suspects: Tensor) -> Tensor:
+        """The same where it is known already which images are suspects, bool (N,)."""
         purified = images
         for chain, name, members in ((self.cheap, "cheap", ~suspects), (self.strong, "strong", suspects)):
             where = members.nonzero().flatten()

@@ -33,7 +33,13 @@ class LoadedBundle(Protocol):
     ) -> Tensor:
         """(N, K)."""
 
-    def purify(self, defense: str, images: Tensor, seed: int | Sequence[int] | None = None) -> Tensor:
+    def purify(
+        self,
+        defense: str,
+        images: Tensor,
+        seed: int | Sequence[int] | None = None,
+        ran: Sequence[str] | None = None,
+    ) -> Tensor:
         """(N, 3, H, W)."""
 
     def aid_score(self, images: Tensor) -> Tensor:
@@ -83,20 +89,24 @@ class Engine:
     def _run(self, key: Key, images: Tensor, seeds: Sequence[int]) -> Ran:
         bundle = self._bundles[key.model]
         started = time.monotonic()
-        purified = images
+        purified: Tensor | None = None
+        ran: Sequence[str | None] = [None] * len(images)
         stage_ms = dict[str, float]()
+        if key.defense.startswith("auto") and key.operation is Operation.CLASSIFY:
+            ran = bundle.ran(key.defense, images)
         if _is_purified_apart(key):
-            purified = bundle.purify(key.defense, images, seed=seeds)
+            purified = _purify(bundle, key.defense, images, seeds, ran)
             self._wait_for_device()
             stage_ms["purify"] = 1000 * (time.monotonic() - started)
             started = time.monotonic()
         match key.operation:
             case Operation.PURIFY:
+                assert purified is not None
                 return Ran(_distances(images, purified), stage_ms)
             case Operation.DETECT:
                 outcomes = _detect(bundle, images)
             case Operation.CLASSIFY:
-                outcomes = _classify(bundle, key, images, purified, seeds)
+                outcomes = _classify(bundle, key, images, purified, seeds, ran)
         stage_ms["classify"] = 1000 * (time.monotonic() - started)
         return Ran(outcomes, stage_ms)
 
@@ -113,12 +123,27 @@ def _is_purified_apart(key: Key) -> bool:
     return key.operation is Operation.PURIFY
 
 
+def _purify(
+    bundle: LoadedBundle, defense: str, images: Tensor, seeds: Sequence[int], ran: Sequence[str | None]
+) -> Tensor:
+    """The purified images; the gate of `auto` is not asked again where it chose already."""
+    chosen = [chain for chain in ran if chain is not None]
+    return bundle.purify(defense, images, seed=seeds, ran=chosen or None)
+
+
 def _classify(
-    bundle: LoadedBundle, key: Key, images: Tensor, purified: Tensor, seeds: Sequence[int]
+    bundle: LoadedBundle,
+    key: Key,
+    images: Tensor,
+    purified: Tensor | None,
+    seeds: Sequence[int],
+    ran: Sequence[str | None],
 ) -> list[Answer | ClarifierError]:
-    """`purified` is `images` where there is nothing to purify, or the bundle does it for each vote."""
-    defense, votes = (key.defense, key.votes) if purified is images else ("none", 1)
-    probabilities = _on_host(bundle.probabilities(defense, purified, votes=votes, seed=seeds))
+    """`purified` is None where there is nothing to purify, or the bundle does it for each vote."""
+    if purified is None:
+        probabilities = _on_host(bundle.probabilities(key.defense, images, votes=key.votes, seed=seeds))
+    else:
+        probabilities = _on_host(bundle.probabilities("none", purified, votes=1, seed=seeds))
     undefended: Sequence[Floats | None] = [None] * len(images)
     scores: Sequence[float | None] = [None] * len(images)
     if key.explain:
@@ -126,9 +151,6 @@ def _classify(
         undefended = list(bare)
         if bundle.manifest.aid_threshold is not None:
             scores = _on_host(bundle.aid_score(images)).tolist()
-    ran: Sequence[str | None] = [None] * len(images)
-    if key.defense.startswith("auto"):
-        ran = bundle.ran(key.defense, images)
     answers = [Classified(*parts) for parts in zip(probabilities, undefended, scores, ran, strict=True)]
     return [answer if _is_finite(answer) else NotFinite() for answer in answers]
 

@@ -96,11 +96,18 @@ def avmixup(
 
     AVmixup (Lee et al., 2020), Eq. 8 to 10; the share of the image is uniform.
     """
-    vertex = (images + method.gamma * (attacked - images)).clamp(0, 1)
-    share = torch.rand(len(images), generator=generator).to(images.device)
-    mixed = torch.lerp(vertex, images, share.view(-1, 1, 1, 1))
+    mixed, share = vertex_mixture(images, attacked, gamma=method.gamma, generator=generator)
     clean_end, vertex_end = (smoothed(targets, kept) for kept in (method.clean_share, method.vertex_share))
     return mixed, torch.lerp(vertex_end, clean_end, share.view(-1, 1))
+
+
+def vertex_mixture(
+    images: Tensor, attacked: Tensor, *, gamma: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Each image mixed with its vertex x + gamma (x' - x), clipped to [0, 1], and the image's uniform share, (N,)."""
+    vertex = (images + gamma * (attacked - images)).clamp(0, 1)
+    share = torch.rand(len(images), generator=generator).to(images.device)
+    return torch.lerp(vertex, images, share.view(-1, 1, 1, 1)), share
 
 
 def smoothed(targets: Tensor, kept: float) -> Tensor:

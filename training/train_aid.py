@@ -13,6 +13,7 @@ from torch import Tensor
 from models.aid import Aid, AidDiscriminator, pooled_taps, tap_channels
 from models.classifiers import Classifier
 from models.randomness import generator_for
+from training.adversarial import vertex_mixture
 from training.attacks.pgd import pgd_linf
 from training.config import AidRecipe, refuse_unknown_layers
 from training.data import Batches, ImageSet, in_batches, load_split
@@ -55,7 +56,7 @@ class AidTraining:
         generator = generator_for(self.recipe.seed, "aid", step)
         with autocast(self.device, self.recipe.precision):
             adversarial = self.attack(images, labels, generator)
-            mixed, naturalness = avmixup(images, adversarial, gamma=self.recipe.gamma, generator=generator)
+            mixed, naturalness = vertex_mixture(images, adversarial, gamma=self.recipe.gamma, generator=generator)
             with torch.no_grad():
                 taps = pooled_taps(self.classifier, mixed, self.recipe.discriminator.taps)
         # The discriminator is small: float32 costs nothing and keeps its batch norms exact.
@@ -90,17 +91,6 @@ class AidTraining:
             scores = torch.cat([aid(images) for images, _ in in_batches(clean, 500, self.device)])
         at = {threshold_name(rate): scores.quantile(rate).item() for rate in CALIBRATED_RATES}
         return {"threshold": scores.quantile(self.recipe.false_positive_rate).item(), **at}
-
-
-def avmixup(images: Tensor, adversarial: Tensor, *, gamma: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Mixtures of each image with its adversarial vertex, and how natural they are, (N,) in [0, 1].
-
-    The vertex is x + gamma * (x' - x), clipped to [0, 1]; the share of the image is uniform, and is the label.
-    """
-    vertex = (images + gamma * (adversarial - images)).clamp(0, 1)
-    share = torch.rand(len(images), generator=generator).to(images.device)
-    weight = share.view(-1, 1, 1, 1)
-    return weight * images + (1 - weight) * vertex, share
 
 
 def train_aid(recipe: AidRecipe, runs: Path, device: torch.device) -> dict[str, Any]:

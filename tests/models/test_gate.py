@@ -100,7 +100,21 @@ def test_a_bundle_runs_the_chains_that_its_preset_names_and_says_which() -> None
     expected = ["zeropur:coarse" if suspect else "none" for suspect in suspects.tolist()]
     assert bundle.ran("auto", IMAGES) == bundle.ran("auto:gate", IMAGES) == expected
     assert bundle.ran("atop", IMAGES) == ["atop"] * 6
+    assert torch.equal(bundle.purify("auto", IMAGES, seed=3, ran=bundle.ran("auto", IMAGES)), purified)
+    everything = bundle.purify("auto", IMAGES, seed=3, ran=["zeropur:coarse"] * 6)
+    torch.testing.assert_close(everything, bundle.purify("zeropur:coarse", IMAGES))
     assert isinstance(bundle.defended("auto"), DefendedClassifier)
+
+
+def test_what_is_known_already_is_not_scored_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, _ = gated()
+    ran, expected = bundle.ran("auto", IMAGES), bundle.purify("auto", IMAGES, seed=3)
+
+    def never(self: Aid, images: Tensor) -> Tensor:
+        raise AssertionError("it was scored again")
+
+    monkeypatch.setattr(Aid, "forward", never)
+    assert torch.equal(bundle.purify("auto", IMAGES, seed=3, ran=ran), expected)
 
 
 @pytest.mark.parametrize(("strong", "cheap", "random"), [("zeropur", "none", False), ("zeropur", "atop", True)])

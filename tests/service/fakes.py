@@ -103,7 +103,13 @@ class FakeBundle:
         probabilities = torch.softmax(10 * purified.mean((2, 3)), 1)
         return torch.where(_marked(images, NAN_VALUE)[:, None], torch.nan, probabilities)
 
-    def purify(self, defense: str, images: Tensor, seed: int | Sequence[int] | None = None) -> Tensor:
+    def purify(
+        self,
+        defense: str,
+        images: Tensor,
+        seed: int | Sequence[int] | None = None,
+        ran: Sequence[str] | None = None,
+    ) -> Tensor:
         """(N, 3, H, W) in [0, 1]."""
         self._begin(images)
         purified = self._purified(defense, images, seed)

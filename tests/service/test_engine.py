@@ -122,7 +122,9 @@ def test_votes_and_seeds_reach_the_bundle(monkeypatch: pytest.MonkeyPatch) -> No
 def test_gradients_are_left_to_the_bundle(monkeypatch: pytest.MonkeyPatch) -> None:
     modes = list[tuple[bool, bool]]()
 
-    def purify(defense: str, images: Tensor, seed: int | Sequence[int] | None = None) -> Tensor:
+    def purify(
+        defense: str, images: Tensor, seed: int | Sequence[int] | None = None, ran: Sequence[str] | None = None
+    ) -> Tensor:
         modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
         return images.clone().requires_grad_()
 

@@ -12,11 +12,12 @@ from models.aid import Aid
 from models.classifiers import Classifier
 from tests.fakes import smooth_classifier
 from tests.training.tiny import RECIPES, Workshop, assert_resumes_exactly, assert_same, color_set
+from training.adversarial import vertex_mixture
 from training.attacks.pgd import pgd_linf
 from training.config import AidRecipe
 from training.data import to_float
 from training.statistics import auroc
-from training.train_aid import CALIBRATED_RATES, AidTraining, avmixup, threshold_name
+from training.train_aid import CALIBRATED_RATES, AidTraining, threshold_name
 from training.trained import frozen
 
 CPU = torch.device("cpu")
@@ -41,7 +42,7 @@ def test_a_share_of_one_gives_the_image_and_none_gives_the_vertex(monkeypatch: p
     adversarial[:, 1] -= 0.4
     monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor([1.0, 0.0, 0.25]))
 
-    mixed, naturalness = avmixup(images, adversarial, gamma=1.5, generator=generator)
+    mixed, naturalness = vertex_mixture(images, adversarial, gamma=1.5, generator=generator)
 
     assert naturalness.tolist() == [1, 0, 0.25]
     assert torch.equal(mixed[0], images[0])
@@ -52,10 +53,10 @@ def test_a_share_of_one_gives_the_image_and_none_gives_the_vertex(monkeypatch: p
 
 def test_shares_are_uniform_one_per_image_and_drawn_by_the_generator() -> None:
     images, adversarial = torch.zeros(2000, 3, 1, 1), torch.ones(2000, 3, 1, 1)
-    mixed, share = avmixup(images, adversarial, gamma=1.0, generator=torch.Generator().manual_seed(0))
+    mixed, share = vertex_mixture(images, adversarial, gamma=1.0, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(mixed, (1 - share).view(-1, 1, 1, 1).expand(-1, 3, 1, 1))
     assert share.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist() == pytest.approx([0.1, 0.5, 0.9], abs=0.04)
-    again = avmixup(images, adversarial, gamma=1.0, generator=torch.Generator().manual_seed(0))[1]
+    again = vertex_mixture(images, adversarial, gamma=1.0, generator=torch.Generator().manual_seed(0))[1]
     assert torch.equal(share, again)
 
 
