@@ -130,32 +130,32 @@ class NoisyFgsmTraining(Strict):
     """Half the width of the noise, in units of `eps`; with less than about 1 the training may collapse."""
 
 
-class PgdTraining(Strict):
+class PgdSteps(Strict):
+    """What attacks of several steps in the l-inf ball share."""
+
+    eps: PositiveFloat = 8 / 255
+    step_size: PositiveFloat = 2 / 255
+    steps: PositiveInt = 10
+
+
+class PgdTraining(PgdSteps):
     """Train on PGD images (Madry et al., 2018)."""
 
     method: Literal["pgd"]
-    eps: PositiveFloat = 8 / 255
-    step_size: PositiveFloat = 2 / 255
-    steps: PositiveInt = 10
 
 
-class TradesTraining(Strict):
+class TradesTraining(PgdSteps):
     """Clean cross-entropy plus `beta` times the divergence that PGD reaches (TRADES, Zhang et al., 2019)."""
 
     method: Literal["trades"]
-    eps: PositiveFloat = 8 / 255
     step_size: PositiveFloat = 0.007
-    steps: PositiveInt = 10
     beta: PositiveFloat = 6.0
 
 
-class AvmixupTraining(Strict):
+class AvmixupTraining(PgdSteps):
     """Train on mixtures of an image and its adversarial vertex (AVmixup, Lee et al., 2020)."""
 
     method: Literal["avmixup"]
-    eps: PositiveFloat = 8 / 255
-    step_size: PositiveFloat = 2 / 255
-    steps: PositiveInt = 10
     gamma: PositiveFloat = 2.0
     """How far the vertex lies beyond the adversarial image."""
     clean_share: Fraction = 1.0
