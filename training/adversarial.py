@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.gradients import input_gradient
-from training.attacks.pgd import Model, ascend, loss_gradient, pgd_linf
+from training.attacks.pgd import Model, ascend, noisy_fgsm, pgd_linf
 from training.attacks.threats import Linf
 from training.config import AdversarialTraining, AvmixupTraining, NoisyFgsmTraining, PgdTraining, TradesTraining
 
@@ -46,7 +46,8 @@ def attack(
     """The images that a method trains on in the place of `images`, and their targets."""
     match method:
         case NoisyFgsmTraining():
-            return noisy_fgsm(model, images, targets, method, generator), targets
+            attacked = noisy_fgsm(model, images, targets, eps=method.eps, noise=method.noise, generator=generator)
+            return attacked, targets
         case TradesTraining():
             return farthest(model, images, method, generator), targets
         case PgdTraining() | AvmixupTraining():
@@ -62,18 +63,6 @@ def attack(
             if isinstance(method, PgdTraining):
                 return attacked, targets
             return avmixup(images, attacked, targets, method, generator)
-
-
-def noisy_fgsm(
-    model: Model, images: Tensor, targets: Tensor, method: NoisyFgsmTraining, generator: torch.Generator
-) -> Tensor:
-    """One signed step of `eps` from uniform noise of `noise` times `eps`; only clipped to [0, 1], never projected.
-
-    N-FGSM (de Jorge et al., 2022), Algorithm 1.
-    """
-    noise = (2 * torch.rand(images.shape, generator=generator) - 1).to(images.device)
-    noisy = images + method.noise * method.eps * noise
-    return (noisy + method.eps * loss_gradient(model, noisy, targets).sign()).clamp(0, 1)
 
 
 def farthest(model: Model, images: Tensor, method: TradesTraining, generator: torch.Generator) -> Tensor:

@@ -244,6 +244,11 @@ class FinetuneRecipe(PurifierRecipe):
     attacked_fraction: Fraction = 1.0
     """Share of the images that FGSM attacks: 1 is the paper's adversarial variant, 0 its clean variant."""
     attack_eps: PositiveFloat = 8 / 255
+    attack_noise: NonNegativeFloat = 0.0
+    """Half the width of the uniform noise that FGSM starts from, in units of `attack_eps` (N-FGSM; 0 is the paper's).
+
+    End to end the purifier learns from its own gradient, and may otherwise learn to be blind to one step of it.
+    """
     attack_end_to_end: bool = False
     """Whether FGSM attacks classifier, purifier and transform together, as Eq. 9 reads, or the classifier alone."""
     reconstruction_target: Literal["clean", "input"] = "clean"

@@ -20,8 +20,8 @@ from models import transforms
 from models.atop import AtopPurifier, build_inpainter
 from models.classifiers import Classifier
 from models.patchgan import PatchDiscriminator, discriminator_loss, generator_loss
-from models.randomness import derive_seed
-from training.attacks.pgd import fgsm
+from models.randomness import derive_seed, generator_for
+from training.attacks.pgd import noisy_fgsm
 from training.config import FinetuneRecipe, PretrainRecipe, PurifierRecipe
 from training.data import Batches, ImageSet, load_split
 from training.precision import autocast
@@ -97,7 +97,14 @@ class PurifierTraining:
 
         victim = pipeline if recipe.attack_end_to_end else classifier
         with autocast(self.device, recipe.precision):
-            adversarial = fgsm(victim, images[:count], labels[:count], eps=recipe.attack_eps)
+            adversarial = noisy_fgsm(
+                victim,
+                images[:count],
+                labels[:count],
+                eps=recipe.attack_eps,
+                noise=recipe.attack_noise,
+                generator=generator_for(recipe.seed, "attack", step),
+            )
         return torch.cat([adversarial, images[count:]])
 
     def seeds(self, purpose: str, step: int, count: int) -> list[int]:

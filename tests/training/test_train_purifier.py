@@ -13,6 +13,7 @@ from torch import Tensor
 from models import load_bundle, transforms
 from models.classifiers import Classifier
 from models.mae import MaskedAutoencoder
+from models.randomness import generator_for
 from tests.fakes import smooth_classifier
 from tests.training.tiny import (
     CLASSES,
@@ -195,6 +196,19 @@ def test_exactly_the_stated_share_of_a_batch_is_attacked(fraction: float, attack
 
     assert (changes > 0).sum() == attacked
     torch.testing.assert_close(changes[changes > 0], torch.full((attacked,), 0.05))
+
+
+def test_from_noise_the_attack_leaves_the_ball_and_raises_the_loss_beyond_the_noise() -> None:
+    classifier = frozen(smooth_classifier(), CPU)
+    task = finetuning(classifier, attacked_fraction=1.0, attack_eps=0.05, attack_noise=2.0)
+    images, labels = task.batches.at(0)
+
+    attacked = task.attack(images, labels, 0)
+
+    assert 0.1 < (attacked - images).abs().max() <= 0.15 + 1e-6
+    drawn = 2 * torch.rand(images.shape, generator=generator_for(task.recipe.seed, "attack", 0)) - 1
+    noisy = (images + 0.1 * drawn).clamp(0, 1)
+    assert F.cross_entropy(classifier(attacked), labels) > F.cross_entropy(classifier(noisy), labels)
 
 
 def test_pretraining_attacks_nothing() -> None:

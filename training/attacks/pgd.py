@@ -39,9 +39,17 @@ def ascend(
     return moved
 
 
-def fgsm(model: Model, images: Tensor, labels: Tensor, *, eps: float) -> Tensor:
-    """The fast gradient sign method (Goodfellow et al., 2015): one step of size `eps`."""
-    return ascend(lambda x: loss_gradient(model, x, labels), images, images, Linf(eps), steps=1, step_size=eps)
+def noisy_fgsm(
+    model: Model, images: Tensor, labels: Tensor, *, eps: float, noise: float, generator: torch.Generator
+) -> Tensor:
+    """One signed step of `eps` from uniform noise of `noise` times `eps`; only clipped to [0, 1], never projected.
+
+    N-FGSM (de Jorge et al., 2022), Algorithm 1: to train on, not an attack within a budget. Without noise it is FGSM
+    (Goodfellow et al., 2015).
+    """
+    drawn = (2 * torch.rand(images.shape, generator=generator) - 1).to(images.device)
+    noisy = images + noise * eps * drawn
+    return (noisy + eps * loss_gradient(model, noisy, labels).sign()).clamp(0, 1)
 
 
 def pgd_linf(

@@ -16,19 +16,26 @@ from training.attacks.by_foolbox import (
     foolbox_pgd,
     foolbox_pgd_l2,
 )
-from training.attacks.pgd import Model, fgsm, loss_gradient, pgd_linf
+from training.attacks.pgd import Model, loss_gradient, noisy_fgsm, pgd_linf
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def one_step(model: Model, images: Tensor, labels: Tensor, *, eps: float) -> Tensor:
+    return noisy_fgsm(model, images, labels, eps=eps, noise=0.0, generator=generator())
 
 
 def our_pgd(model: Model, images: Tensor, labels: Tensor, *, eps: float) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return pgd_linf(model, images, labels, eps=eps, steps=30, step_size=eps / 10, generator=generator)
+    return pgd_linf(model, images, labels, eps=eps, steps=30, step_size=eps / 10, generator=generator())
 
 
 def their_pgd(model: torch.nn.Module, images: Tensor, labels: Tensor, *, eps: float) -> Tensor:
     return foolbox_pgd(model, images, labels, eps=eps, steps=30, step_size=eps / 10)
 
 
-ATTACKS = [fgsm, our_pgd, foolbox_fgsm, their_pgd]
+ATTACKS = [one_step, our_pgd, foolbox_fgsm, their_pgd]
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -69,11 +76,25 @@ def test_our_pgd_is_as_strong_as_foolboxs_and_stronger_than_fgsm() -> None:
         loss(our_pgd(classifier, images, labels, eps=0.2)),
         loss(their_pgd(classifier, images, labels, eps=0.2)),
     )
-    one_step = loss(fgsm(classifier, images, labels, eps=0.2))
+    single = loss(one_step(classifier, images, labels, eps=0.2))
 
-    assert loss(images) < one_step < min(ours, theirs)
+    assert loss(images) < single < min(ours, theirs)
     assert ours == pytest.approx(theirs, rel=0.01)
-    assert one_step == pytest.approx(loss(foolbox_fgsm(classifier, images, labels, eps=0.2)))
+    assert single == pytest.approx(loss(foolbox_fgsm(classifier, images, labels, eps=0.2)))
+
+
+def test_n_fgsm_is_a_signed_step_from_noise_that_is_not_projected() -> None:
+    problem = linear_problem()
+
+    attacked = noisy_fgsm(
+        problem.classifier, problem.images, problem.labels, eps=0.05, noise=2.0, generator=generator()
+    )
+
+    noise = 2 * torch.rand(problem.images.shape, generator=generator()) - 1
+    weight = problem.classifier.state_dict()["stages.head.weight"][1].view(3, 4, 4)
+    away = (1 - 2 * problem.labels).view(-1, 1, 1, 1) * weight.sign()  # the loss of a linear classifier rises there
+    torch.testing.assert_close(attacked, problem.images + 0.1 * noise + 0.05 * away)
+    assert (attacked - problem.images).abs().max() > 0.12  # far outside the ball of 0.05
 
 
 def test_no_steps_leave_a_uniform_draw_from_the_ball_that_the_generator_fixes() -> None:
@@ -104,7 +125,7 @@ def test_the_gradient_is_that_of_each_images_own_loss() -> None:
     torch.testing.assert_close(alone, gradient[:1])
 
 
-@pytest.mark.parametrize("attack", [fgsm, our_pgd])
+@pytest.mark.parametrize("attack", [one_step, our_pgd])
 def test_no_weight_receives_a_gradient_even_where_gradients_are_off(attack: partial[Tensor]) -> None:
     problem = linear_problem()
     with torch.no_grad():
