@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 SCHEMA_VERSION: Literal[1] = 1
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -178,12 +187,13 @@ class ZeroPurPreset(Strict):
 
     blur: BlurSpec
     eps: PositiveFloat = 10 / 255
-    coarse_steps: PositiveInt = 10
+    coarse_steps: NonNegativeInt = 10
+    """With no steps at all, coarse or fine, what is left of the method is its blur."""
     coarse_step_size: PositiveFloat = 1 / 255
     momentum: NonNegativeFloat = 1.0
     """Momentum on the l1-normalized gradient; 0 is the paper's plain sign step."""
     random_start: bool = False
-    fine_steps: Annotated[int, Field(ge=0)] = 50
+    fine_steps: NonNegativeInt = 50
     fine_step_size: PositiveFloat = 0.2 / 255
     fine_layers: tuple[str, ...] = ()
     perceptual_weight: NonNegativeFloat = 0.0
@@ -195,6 +205,10 @@ class ZeroPurPreset(Strict):
     def _check(self) -> Self:
         if self.fine_steps and not self.fine_layers:
             raise ValueError("fine alignment needs fine_layers")
+        if self.fine_steps and not self.coarse_steps:
+            raise ValueError("fine alignment follows what coarse shifting found: coarse_steps must not be 0")
+        if not self.coarse_steps and self.random_start:
+            raise ValueError("a blur alone has no random start")
         return self
 
 

@@ -36,6 +36,8 @@ class ZeroPurPurifier(nn.Module):
 
     def forward(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
         """Purified images, same shape, in [0, 1]. `seeds` matter only to a preset with a random start."""
+        if not self.preset.coarse_steps:
+            return blur(images, self.preset.blur)
         received = images.detach()
         purified = coarse_shifting(self.classifier, received, self.preset, seeds)
         if self.preset.fine_steps:

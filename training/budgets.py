@@ -13,6 +13,21 @@ GreyBoxName = Annotated[str, Field(pattern=r"^(fgsm|pgd[1-9][0-9]{0,3}|mim|deepf
 BudgetName = Literal["quick", "standard", "paper"]
 
 
+class Further(Strict):
+    """An attack on the whole defense that a recipe asks for beside its budget's; it stays out of the worst case."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+    attack: Literal["pgd", "bpda", "rand", "stadv"]
+    """Full gradient or BPDA with EOT, the two attacks of AutoAttack `rand`, or moved pixels."""
+    norm: Literal["linf", "l2"] = "linf"
+    eps: PositiveFloat = 8 / 255
+    """Neither this nor `norm` means anything to `stadv`, whose bound is on how far pixels move."""
+    steps: PositiveInt
+    draws: PositiveInt = 1
+    """Over which the gradient of a random defense is averaged."""
+    images: PositiveInt
+
+
 class Effort(Strict):
     """What the attacks on one kind of defense may spend. Every count of steps is per image; 0 leaves an attack out."""
 

@@ -22,7 +22,7 @@ from pydantic import (
 from models.classifiers import ARCHITECTURES, Classifier
 from models.manifest import AidPreset, AidSpec, AnyInpainterSpec, AtopPreset, Strict, ZeroPurPreset, size_multiple
 from models.randomness import SEED_LIMIT
-from training.budgets import BUDGETS, Budget, BudgetName
+from training.budgets import BUDGETS, Budget, BudgetName, Further
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFraction = Annotated[float, Field(gt=0, le=1)]
@@ -349,6 +349,8 @@ class EvaluateRecipe(Strict):
     budget: BudgetName | Budget = "standard"
     """A name (see `training/budgets.py`), or every number spelt out."""
     batch_size: PositiveInt = 64
+    further: tuple[Further, ...] = ()
+    """Attacks on every defense beside those of the budget, outside the worst case."""
     transfer_from: tuple[str, ...] = ()
     """Bundles on disk whose classifiers' adversarial images are tried as well."""
 
@@ -361,6 +363,8 @@ class EvaluateRecipe(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if len({attack.name for attack in self.further}) < len(self.further):
+            raise ValueError("two attacks of `further` have one name")
         if both := (set(self.defenses) | {"none"}) & set(self.grey_box_only):
             raise ValueError(f"{', '.join(sorted(both))}: in defenses and in grey_box_only")
         return self

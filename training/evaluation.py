@@ -16,7 +16,7 @@ from models import Bundle
 from models.manifest import AutoPreset
 from models.randomness import derive_seed
 from training.attacks.threats import assert_in_budget
-from training.config import EvaluateRecipe
+from training.config import EvaluateRecipe, RecipeError
 from training.data import ImageSet, in_batches
 from training.plan import Attack, Planner, Subject
 from training.progress import Progress
@@ -170,7 +170,11 @@ def planned(evaluation: Evaluation, subject: Subject) -> list[Attack]:
     planner = evaluation.planner()
     only_grey = subject.name in evaluation.recipe.grey_box_only
     attacks = planner.grey_box(subject) if only_grey else planner.attacks(subject)
-    return [fitted(attack, len(evaluation.data)) for attack in attacks]
+    known = {attack.name for attack in attacks}
+    further = [planner.asked_for(subject, wanted) for wanted in evaluation.recipe.further]
+    if both := known & {attack.name for attack in further}:
+        raise RecipeError(f"{', '.join(sorted(both))}: in `further`, and an attack of the budget")
+    return [fitted(attack, len(evaluation.data)) for attack in (*attacks, *further)]
 
 
 def clean_work(evaluation: Evaluation, subject: Subject) -> tuple[int, int]:

@@ -35,7 +35,7 @@ from training.attacks.looks import Looks, Oracle, SameLook
 from training.attacks.pgd import Gradient, ascend
 from training.attacks.stadv import stadv
 from training.attacks.threats import L2, Linf, Threat
-from training.budgets import Budget, Effort
+from training.budgets import Budget, Effort, Further
 
 RELATIVE_STEP = 0.007 / (8 / 255)
 """Step of our attacks as a share of their budget: that of Lee & Kim (2023) at 8/255."""
@@ -47,6 +47,7 @@ OTHER_BUDGETS = (0.5, 2.0)
 STADV_STEPS = 100
 TRANSFER_STEPS = 40
 SHARPNESS = 3.0
+THREATS: Mapping[str, type[Linf | L2]] = {"linf": Linf, "l2": L2}
 
 
 @dataclass(frozen=True)
@@ -365,20 +366,63 @@ class Planner:
         def chosen(numbers: Sequence[int]) -> list[int]:
             return SameLook(derive_seed(self.seed, "attack", "known_seed"), numbers).next()
 
-        def move(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
-            looks = Looks(derive_seed(self.seed, "stadv"), numbers)
-            return stadv(defended, images, labels, looks, steps=STADV_STEPS, draws=effort.bpda_draws)
-
         found = climb("l2", L2(grey_box.L2_EPS))
         for factor in OTHER_BUDGETS:
             found += climb(f"eps_times_{factor:g}", Linf(factor * self.eps))
         if defended.is_random:
             known = climb("known_seed", Linf(self.eps), SameLook)
             found += [replace(attack, known_seeds=chosen) for attack in known]
-        moving = Work(looks=STADV_STEPS * self.draws(subject, effort.bpda_draws))
-        settings = {"steps": STADV_STEPS, "draws": self.draws(subject, effort.bpda_draws)}
-        found.append(Attack("stadv", "L6", settings, effort.images, move, None, moving))
-        return found
+        return [*found, self.moved(subject, "stadv", effort.images, STADV_STEPS, effort.bpda_draws)]
+
+    def moved(self, subject: Subject, name: str, count: int, steps: int, draws: int) -> Attack:
+        """L6: pixels that move (StAdv), found on the whole defense."""
+        draws = self.draws(subject, draws)
+
+        def run(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
+            looks = Looks(derive_seed(self.seed, "stadv"), numbers)
+            return stadv(subject.defended, images, labels, looks, steps=steps, draws=draws)
+
+        settings = {"steps": steps, "draws": draws}
+        return Attack(name, "L6", settings, count, run, None, Work(looks=steps * draws))
+
+    def asked_for(self, subject: Subject, wanted: Further) -> Attack:
+        """L6: an attack on the whole defense that a recipe spells out."""
+        defended, draws = subject.defended, self.draws(subject, wanted.draws)
+        threat = THREATS[wanted.norm](wanted.eps)
+        if wanted.attack == "stadv":
+            return self.moved(subject, wanted.name, wanted.images, wanted.steps, wanted.draws)
+        if wanted.attack == "rand":
+            return self.rand(subject, wanted, threat)
+        towards, look = {
+            "pgd": (gradients.through, Work(looks=1)),
+            "bpda": (gradients.around, Work(bare=1, answers=1)),
+        }[wanted.attack]
+        (attack,) = self.climbs(
+            wanted.name,
+            "L6",
+            self.effort(subject),
+            wanted.steps,
+            lambda labels, looks: towards(defended, labels, looks, draws=draws),
+            look,
+            threat=threat,
+            draws=draws,
+        )
+        return replace(attack, images=wanted.images)
+
+    def rand(self, subject: Subject, wanted: Further, threat: Linf | L2) -> Attack:
+        """AutoAttack `rand` on the whole defense."""
+        draws = self.draws(subject, wanted.draws)
+
+        def run(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
+            seed = derive_seed(self.seed, wanted.name, numbers[0])
+            oracle = Oracle(subject.defended, seed)
+            return by_autoattack.rand(
+                oracle, images, labels, threat, steps=wanted.steps, draws=draws, seed=seed % 2**31
+            )
+
+        settings = {"steps": wanted.steps, "draws": draws, "norm": wanted.norm, "eps": wanted.eps}
+        work = Work(looks=2 * wanted.steps * draws)
+        return Attack(wanted.name, "L6", settings, wanted.images, run, threat, work)
 
     def curves(self, subject: Subject) -> dict[str, list[tuple[float, Attack]]]:
         """The full-gradient attack at several eps, and with several numbers of steps: value and attack."""

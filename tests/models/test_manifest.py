@@ -220,8 +220,13 @@ def test_impossible_blurs_and_alignments_are_refused() -> None:
         BlurSpec(kind="median", size=4)
     with pytest.raises(ValidationError, match="odd whole side"):
         BlurSpec(kind="median", size=2.5)
+    median = BlurSpec(kind="median", size=3)
     with pytest.raises(ValidationError, match="needs fine_layers"):
-        ZeroPurPreset(blur=BlurSpec(kind="median", size=3))
+        ZeroPurPreset(blur=median)
+    with pytest.raises(ValidationError, match="coarse_steps must not be 0"):
+        ZeroPurPreset(blur=median, coarse_steps=0, fine_layers=("stage2",))
+    with pytest.raises(ValidationError, match="has no random start"):
+        ZeroPurPreset(blur=median, coarse_steps=0, fine_steps=0, random_start=True)
 
 
 def test_without_aid_there_is_no_threshold() -> None:

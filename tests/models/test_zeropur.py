@@ -133,6 +133,16 @@ def test_every_preset_stays_in_its_ball_and_range(changes: dict[str, object]) ->
     assert bool(((purified >= 0) & (purified <= 1)).all())
 
 
+def test_without_any_step_its_blur_is_left_with_the_blurs_own_gradient(images: Tensor) -> None:
+    preset = zeropur_preset(coarse_steps=0, fine_steps=0)
+    moving = images.clone().requires_grad_()
+    purified = ZeroPurPurifier(tiny_classifier(), preset)(moving, range(4))
+    assert torch.equal(purified, blur(images, preset.blur))
+
+    (gradient,) = torch.autograd.grad(purified[..., 0, 0].sum(), moving)
+    assert bool((gradient[..., 0, 1] != 0).all())  # not the identity
+
+
 def test_a_random_start_follows_the_seed_and_otherwise_nothing_does(images: Tensor) -> None:
     def purify(seeds: list[int], **changes: object) -> Tensor:
         purified: Tensor = ZeroPurPurifier(tiny_classifier(), zeropur_preset(**changes))(images[:1], seeds)

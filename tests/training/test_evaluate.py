@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,7 +25,7 @@ from tests.training.tiny import CLASSES, RECIPES, SIDE, Workshop, color_set
 from training.__main__ import main
 from training.attacks import by_foolbox
 from training.budgets import BUDGETS, BudgetName
-from training.config import EvaluateRecipe
+from training.config import EvaluateRecipe, RecipeError
 from training.data import ImageSet
 from training.evaluate import Entry, aid_scores, cost, measure
 from training.evaluation import Evaluation, head
@@ -361,6 +362,40 @@ def test_unseen_threats_stay_out_of_the_worst_case(finished: Workshop, tmp_path:
     assert report["unseen"].keys() == {"l2", "eps_times_0.5", "eps_times_2", "known_seed", "stadv"}
     assert not set(report["unseen"]) & set(report["worst_case"]["over"])
     assert "known_seed" not in names(bundle, "none", budget={"one_pass": effort})["L6"]  # there is none to know
+
+
+FURTHER = [
+    {"name": "pgd2_l2", "attack": "pgd", "norm": "l2", "eps": 1.0, "steps": 2, "draws": 2, "images": 3},
+    {"name": "bpda_eot", "attack": "bpda", "steps": 1, "draws": 2, "images": 2},
+    {"name": "rand", "attack": "rand", "steps": 4, "images": 5},
+    {"name": "moved", "attack": "stadv", "steps": 2, "images": 2},
+]
+
+
+def test_what_a_recipe_asks_for_is_run_on_every_defense_and_stays_out_of_the_worst_case(
+    finished: Workshop, tmp_path: Path
+) -> None:
+    bundle = load_bundle(finished.bundle)
+    evaluation = evaluation_of(
+        bundle, color_set(8), tmp_path, further=FURTHER, defenses=["atop"], grey_box_only=["zeropur"]
+    )
+
+    for defense in ("none", "atop", "zeropur"):
+        report = entry_of(evaluation, defense).report
+        counts = {name: cell["n"] for name, cell in report["unseen"].items()}
+        assert counts == {"pgd2_l2": 3, "bpda_eot": 2, "rand": 5, "moved": 2}
+        assert not set(counts) & set((report["worst_case"] or {"over": []})["over"])
+    assert report["worst_case"] is None
+
+
+def test_two_attacks_of_one_name_are_refused(finished: Workshop, tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="have one name"):
+        recipe_with(further=[FURTHER[0], FURTHER[0]])
+    evaluation = evaluation_of(
+        load_bundle(finished.bundle), color_set(8), tmp_path, further=[{**FURTHER[0], "name": "full"}]
+    )
+    with pytest.raises(RecipeError, match="full: in `further`, and an attack of the budget"):
+        entry_of(evaluation)
 
 
 @pytest.mark.parametrize("name", list(BUDGETS))

@@ -114,6 +114,22 @@ def apgd(
     return adversarial
 
 
+def rand(
+    model: nn.Module, images: Tensor, labels: Tensor, threat: Linf | L2, *, steps: int, draws: int, seed: int
+) -> Tensor:
+    """AutoAttack `rand`: Auto-PGD on the cross-entropy, then on the DLR loss for what one call still labels right.
+
+    The DLR loss needs three classes.
+    """
+    adversarial = apgd(model, images, labels, threat, loss="ce", steps=steps, draws=draws, seed=seed)
+    with torch.no_grad():
+        left = model(adversarial).argmax(1) == labels
+    if left.any():
+        rest = images[left], labels[left]
+        adversarial[left] = apgd(model, *rest, threat, loss="dlr", steps=steps, draws=draws, seed=seed)
+    return adversarial
+
+
 def square(model: nn.Module, images: Tensor, labels: Tensor, threat: Linf | L2, *, queries: int, seed: int) -> Tensor:
     """Square: random search with at most `queries` calls an image, no gradient; the images of the largest margin.
 

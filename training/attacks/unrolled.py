@@ -42,7 +42,7 @@ def iterates(
     """What the purifier makes of images (N, 3, H, W), step by step, the last being its answer.
 
     With a smooth sign they are differentiable with respect to `images`. Raises ValueError for a ZeroPur preset with a
-    random start or a perceptual term, which this copy does not know.
+    random start, a perceptual term or no step at all, which this copy does not know.
     """
 
     def run(step: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def iterates(
         return step(*inputs)
 
     if not can_be_unrolled(purifier):
-        raise ValueError("a ZeroPur preset with a random start or a perceptual term cannot be unrolled")
+        raise ValueError("a ZeroPur preset with a random start, a perceptual term or no step cannot be unrolled")
     if isinstance(purifier, AidPurifier):
         return _aid(purifier, images, sign, run)
     return _zeropur(purifier, images, sign, run)
@@ -62,7 +62,8 @@ def can_be_unrolled(purifier: Descending) -> bool:
     """Whether `iterates` knows every step of the purifier."""
     if isinstance(purifier, AidPurifier):
         return True
-    return not (purifier.preset.random_start or purifier.preset.perceptual_weight)
+    preset = purifier.preset
+    return preset.coarse_steps > 0 and not (preset.random_start or preset.perceptual_weight)
 
 
 Run = Callable[..., Tensor]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models.classifiers import Classifier
 from tests.fakes import linear_classifier, linear_problem, smooth_classifier
 from tests.networks import tiny_classifier
-from training.attacks.by_autoattack import apgd, autoattack, square
+from training.attacks.by_autoattack import apgd, autoattack, rand, square
 from training.attacks.pgd import cross_entropy, pgd_linf
 from training.attacks.threats import L2, Linf, assert_in_budget
 
@@ -25,6 +25,7 @@ def four_classes(two: Classifier) -> Classifier:
 ATTACKS = {
     "apgd-ce": partial(apgd, loss="ce", steps=20, draws=1, seed=0),
     "apgd-dlr": partial(apgd, loss="dlr", steps=20, draws=2, seed=0),
+    "rand": partial(rand, steps=20, draws=2, seed=0),
     "autoattack": partial(autoattack, seed=0),
 }
 

@@ -109,7 +109,9 @@ def test_both_attacks_raise_the_loss_behind_the_real_purifier(purifier: Descendi
         assert loss(moved) > loss(IMAGES)
 
 
-@pytest.mark.parametrize("changes", [{"random_start": True}, {"perceptual_weight": 1.0}])
+@pytest.mark.parametrize(
+    "changes", [{"random_start": True}, {"perceptual_weight": 1.0}, {"coarse_steps": 0, "fine_steps": 0}]
+)
 def test_what_the_copy_does_not_know_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="cannot be unrolled"):
         iterates(zeropur(**changes), IMAGES)
