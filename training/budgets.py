@@ -33,14 +33,14 @@ class Effort(Strict):
 
     images: PositiveInt
     """Attacked by every adaptive attack, so that each has a worst case."""
-    bpda_steps: NonNegativeInt
-    bpda_draws: PositiveInt
-    full_steps: NonNegativeInt
-    full_draws: PositiveInt
-    apgd_steps: NonNegativeInt
-    apgd_draws: PositiveInt
-    square_queries: NonNegativeInt
-    aware_steps: NonNegativeInt
+    bpda_steps: NonNegativeInt = 0
+    bpda_draws: PositiveInt = 1
+    full_steps: NonNegativeInt = 0
+    full_draws: PositiveInt = 1
+    apgd_steps: NonNegativeInt = 0
+    apgd_draws: PositiveInt = 1
+    square_queries: NonNegativeInt = 0
+    aware_steps: NonNegativeInt = 0
     aware_weights: tuple[PositiveFloat, ...] = (1.0,)
     """How much fooling what the defense looks at counts beside fooling the classifier."""
     iterate_steps: NonNegativeInt = 0
@@ -58,7 +58,7 @@ class Budget(Strict):
     """One budget. The attacked images are the first of the shuffled test images, for every defense."""
 
     clean_images: PositiveInt
-    clean_draws: PositiveInt
+    clean_draws: PositiveInt = 1
     """Random draws over which the standard accuracy of a random defense is averaged."""
     grey_box_images: PositiveInt
     costly_images: PositiveInt
@@ -67,9 +67,9 @@ class Budget(Strict):
     """The attacks of L1, see `training/grey_box.py`."""
     autoattack_images: PositiveInt = 512
     """How many of them AutoAttack attacks, if it is among those."""
-    one_pass: Effort
+    one_pass: Effort = Effort(images=1)
     """For the bare classifier and for defenses that purify in one pass (AToP)."""
-    descending: Effort
+    descending: Effort = Effort(images=1)
     """For defenses that descend at test time, each answer of which costs a hundred passes."""
 
 

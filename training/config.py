@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import torch
 from pydantic import (
@@ -349,6 +349,8 @@ class EvaluateRecipe(Strict):
     budget: BudgetName | Budget = "standard"
     """A name (see `training/budgets.py`), or every number spelt out."""
     batch_size: PositiveInt = 64
+    zeropur_variants: dict[RunName, dict[str, Any]] = Field(default_factory=dict)
+    """Presets that the bundle does not offer, by what differs from its default preset of ZeroPur."""
     further: tuple[Further, ...] = ()
     """Attacks on every defense beside those of the budget, outside the worst case."""
     transfer_from: tuple[str, ...] = ()

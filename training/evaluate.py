@@ -15,16 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from tqdm import tqdm
 
 from models import Bundle, load_bundle, write_report
 from models.files import replace_text
+from models.manifest import Manifest, ZeroPurPreset
 from models.randomness import derive_seed, generator_for
 from training import credibility
 from training.attacks.looks import Looks
 from training.attacks.threats import Linf
-from training.config import EvaluateRecipe
+from training.config import EvaluateRecipe, RecipeError
 from training.data import DataError, load_split
 from training.evaluation import Evaluation, clean_work, fitted, planned, weights_of
 from training.forecast import forecast
@@ -198,6 +200,8 @@ def evaluate(
     Raises BundleError for a bundle that cannot be loaded, UnknownDefense for a defense that it does not offer, and
     DataError for data of other classes or another size than the bundle's.
     """
+    if recipe.zeropur_variants and not keep_report:
+        raise RecipeError("zeropur_variants are none of the bundle's own: measure them with --keep-report")
     started = time.monotonic()
     evaluation = prepare(recipe, directory, device, runs)
     subjects = evaluation.subjects()
@@ -255,9 +259,32 @@ def pictures_of(evaluation: Evaluation, subject: Subject) -> list[Picture]:
     return pictures(subject.defended, evaluation.bundle.classes, images, labels, adversarial, looks)
 
 
+def with_variants(manifest: Manifest, variants: Mapping[str, Mapping[str, object]]) -> Manifest:
+    """The manifest with further presets of ZeroPur, each the default one with some fields changed.
+
+    Raises RecipeError where there is no ZeroPur, the name is taken, or the fields make no preset.
+    """
+    if not variants:
+        return manifest
+    spec = manifest.defenses.zeropur
+    if spec is None:
+        raise RecipeError("zeropur_variants are for a bundle that offers zeropur")
+    if taken := variants.keys() & spec.presets.keys():
+        raise RecipeError(f"zeropur_variants: the bundle has a preset {', '.join(sorted(taken))} already")
+    usual = spec.presets[spec.default_preset].model_dump()
+    try:
+        added = {name: ZeroPurPreset.model_validate({**usual, **changes}) for name, changes in variants.items()}
+    except ValidationError as error:
+        raise RecipeError(f"zeropur_variants: {error}") from error
+    presets = {"presets": {**spec.presets, **added}}
+    defenses = manifest.defenses.model_copy(update={"zeropur": spec.model_copy(update=presets)})
+    return manifest.model_copy(update={"defenses": defenses})
+
+
 def prepare(recipe: EvaluateRecipe, directory: Path, device: torch.device, runs: Path) -> Evaluation:
     """Load everything and refuse what does not fit, before anything is measured."""
     bundle = load_bundle(directory, device)
+    bundle.manifest = with_variants(bundle.manifest, recipe.zeropur_variants)
     for defense in (*recipe.defenses, *recipe.grey_box_only):
         bundle.manifest.resolve(defense)
     loaded = [load_bundle(path, device) for path in recipe.transfer_from]

@@ -7,14 +7,17 @@ leaves under `runs/evaluations/`. Nothing of ours is typed by hand, and what was
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from models.manifest import Strict
+from pydantic import model_validator
+
+from models.manifest import Fraction, Strict
 
 TABLES = Path(__file__).parent / "recipes" / "reproduction" / "tables.toml"
 NOT_RUN = "not run"
@@ -24,16 +27,30 @@ class Row(Strict):
     """One row of a paper's table, and where ours is."""
 
     name: str
-    evaluation: str
-    """The bundle and its recipe's name: `cifar10-1/atop-7` is `runs/evaluations/cifar10-1/atop-7.json`."""
+    bundle: str
+    """The directory that is evaluated, which ends in name and version."""
+    recipe: str
+    """Name of the evaluation's recipe in `training/recipes/reproduction/`, and of the report it leaves."""
     defense: str
     """As the report calls it; `none` is the undefended classifier."""
-    recipe: str
-    """The recipe of the evaluation, below `training/recipes/`."""
-    bundle: str
-    """What it is evaluated on."""
     paper: tuple[float, ...]
     """The paper's percentages, column by column; -1 where it has none."""
+
+    @property
+    def report(self) -> str:
+        """Where the evaluation leaves its report, below `runs/evaluations/`."""
+        name, version = Path(self.bundle).parts[-2:]
+        return f"{name}-{version}/{self.recipe}.json"
+
+
+class Direction(Strict):
+    """What must hold of our numbers if the paper's story does."""
+
+    says: str
+    cells: tuple[tuple[str, str], ...]
+    """Row and column: each accuracy larger than the next one's."""
+    at_most: Fraction | None = None
+    """Or: every accuracy at most this."""
 
 
 class Table(Strict):
@@ -44,7 +61,26 @@ class Table(Strict):
     """What differs here, in a sentence."""
     columns: tuple[str, ...]
     """`standard`, or an attack of the report."""
+    made_by: tuple[str, ...] = ()
+    """What makes its bundles: commands of `training` and their recipes, in order."""
+    paper_size: tuple[str, ...] = ()
+    """The same with the paper's networks, for a GPU."""
     rows: tuple[Row, ...]
+    directions: tuple[Direction, ...] = ()
+    remark: str = ""
+    """What we think of the differences, written after measuring."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for row in self.rows:
+            if len(row.paper) != len(self.columns):
+                raise ValueError(f"{self.title}, {row.name}: {len(row.paper)} numbers for {len(self.columns)} columns")
+        names = [row.name for row in self.rows]
+        for direction in self.directions:
+            for name, column in direction.cells:
+                if names.count(name) != 1 or column not in self.columns:
+                    raise ValueError(f"{self.title}, {direction.says}: there is no cell {name}, {column}")
+        return self
 
 
 class Tables(Strict):
@@ -53,16 +89,13 @@ class Tables(Strict):
     tables: tuple[Table, ...]
 
 
+Reports = Mapping[str, Mapping[str, Any] | None]
+"""By `Row.report`; None for an evaluation that was not run to its end."""
+
+
 def read_tables(path: Path = TABLES) -> tuple[Table, ...]:
-    """The tables; raises ValueError if a row has not one number for every column."""
-    tables = Tables.model_validate(tomllib.loads(path.read_text())).tables
-    for table in tables:
-        for row in table.rows:
-            if len(row.paper) != len(table.columns):
-                raise ValueError(
-                    f"{table.title}, {row.name}: {len(row.paper)} numbers for {len(table.columns)} columns"
-                )
-    return tables
+    """The tables; raises ValueError for a row without a number for every column, and for cells that are not there."""
+    return Tables.model_validate(tomllib.loads(path.read_text())).tables
 
 
 def page(tables: Iterable[Table], runs: Path) -> str:
@@ -73,7 +106,8 @@ def page(tables: Iterable[Table], runs: Path) -> str:
         "The papers' tables as far as CIFAR-10 and two CPU cores go: their number, and ours in percent with",
         "Wilson's 95 % interval and n. `python -m training.reproduction` writes this page from the reports under",
         "`runs/evaluations/`; the commands under a table measure its rows. Networks and training are far smaller",
-        "than the papers': directions should agree, not digits.",
+        "than the papers': directions should agree, not digits. Every command is one of `python -m training`, with",
+        "`--recipe training/recipes/` in front of the name of its recipe, and `--data FOLDER` if the data is there.",
     ]
     for table in tables:
         parts += ["", *section(table, runs)]
@@ -81,58 +115,84 @@ def page(tables: Iterable[Table], runs: Path) -> str:
 
 
 def section(table: Table, runs: Path) -> list[str]:
-    """One table with its commands."""
-    reports = {row.evaluation: report_of(runs, row.evaluation) for row in table.rows}
+    """One table with what must hold of it, and its commands."""
+    reports = {row.report: report_of(runs, row.report) for row in table.rows}
     head = " | ".join(f"{column}, paper | ours" for column in table.columns)
     lines = [f"## {table.title}", "", table.ours, "", f"| | {head} |", "|---|" + "---|---|" * len(table.columns)]
     for row in table.rows:
         cells = []
         for column, paper in zip(table.columns, row.paper, strict=True):
             said = "–" if paper < 0 else f"{paper:.2f}"
-            cells += [said, ours(reports[row.evaluation], row.defense, column)]
+            cells += [said, written(cell(reports, row, column))]
         lines.append(f"| {row.name} | {' | '.join(cells)} |")
-    lines += ["", *commands(table, reports)]
-    return lines
+    if table.directions:
+        lines += ["", *(judged(direction, table, reports) for direction in table.directions)]
+    if table.remark:
+        lines += ["", table.remark]
+    return [*lines, "", *commands(table, reports)]
 
 
-def ours(report: Mapping[str, Any] | None, defense: str, column: str) -> str:
-    """Accuracy, interval and n of one cell."""
-    entry = None if report is None else report["undefended"] if defense == "none" else report["defenses"].get(defense)
+def cell(reports: Reports, row: Row, column: str) -> Mapping[str, Any] | None:
+    """Accuracy, interval and n; None if they were not measured."""
+    report = reports[row.report]
+    entry = None
+    if report is not None:
+        entry = report["undefended"] if row.defense == "none" else report["defenses"].get(row.defense)
     if entry is None:
-        return NOT_RUN
-    groups = ("grey_box", "adaptive", "unseen")
-    found = entry["standard"] if column == "standard" else None
-    for group in groups:
-        found = found or entry[group].get(column)
+        return None
+    named = {"standard": entry["standard"], **entry["grey_box"], **entry["adaptive"], **entry["unseen"]}
+    found: Mapping[str, Any] | None = named.get(column)
+    return found
+
+
+def written(found: Mapping[str, Any] | None) -> str:
+    """A cell as the table has it."""
     if found is None:
         return NOT_RUN
     low, high = (100 * end for end in found["interval"])
     return f"{100 * found['accuracy']:.1f} ({low:.1f} to {high:.1f}, n {found['n']})"
 
 
-def commands(table: Table, reports: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
-    """How each evaluation is run, and on which machine it was."""
-    lines = list[str]()
-    for row in {row.evaluation: row for row in table.rows}.values():
-        report = reports[row.evaluation]
-        where = "not run yet"
+def judged(direction: Direction, table: Table, reports: Reports) -> str:
+    """The direction, whether it holds, and by which numbers."""
+    rows = {row.name: row for row in table.rows}
+    found = [cell(reports, rows[name], column) for name, column in direction.cells]
+    measured = [each["accuracy"] for each in found if each is not None]
+    if len(measured) < len(found):
+        return f"- {direction.says}: {NOT_RUN}."
+    if direction.at_most is not None:
+        holds = all(accuracy <= direction.at_most for accuracy in measured)
+    else:
+        holds = all(larger > smaller for larger, smaller in itertools.pairwise(measured))
+    numbers = ", ".join(f"{100 * accuracy:.1f}" for accuracy in measured)
+    return f"- {direction.says}: {'holds' if holds else '**does not hold**'} ({numbers})."
+
+
+def commands(table: Table, reports: Reports) -> list[str]:
+    """How the bundles are made and evaluated, and on which machine that was."""
+    lines = [f"- `{command}`" for command in table.made_by]
+    for row in {row.report: row for row in table.rows}.values():
+        report = reports[row.report]
+        where = NOT_RUN
         if report is not None:
             recipe = report["recipe"]
             hardware, minutes = recipe["hardware"], recipe["attacks_s"] / 60
             machine = hardware["gpu"] or f"{hardware['threads']} threads of {hardware['cpu']}"
             where = f"seed {recipe['seed']}, {machine}, {minutes:.0f} minutes, commit {recipe['git_commit'][:12]}"
-        options = f"--recipe training/recipes/{row.recipe} --bundle {row.bundle} --keep-report"
-        lines += [f"- `python -m training evaluate {options}`:", f"  {where}"]
+        lines += [f"- `evaluate reproduction/{row.recipe}.toml --bundle {row.bundle} --keep-report`: {where}"]
+    if table.paper_size:
+        steps = ", ".join(f"`{command}`" for command in table.paper_size)
+        lines += [f"- In the paper's size, for a GPU, {NOT_RUN}: {steps}, then the same evaluations."]
     return lines
 
 
-def report_of(runs: Path, evaluation: str) -> dict[str, Any] | None:
+def report_of(runs: Path, report: str) -> dict[str, Any] | None:
     """The report that an evaluation left, if it was run to its end."""
-    path = runs / "evaluations" / f"{evaluation}.json"
+    path = runs / "evaluations" / report
     if not path.exists():
         return None
-    report: dict[str, Any] = json.loads(path.read_text())
-    return report
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -27,7 +27,7 @@ from training.attacks import by_foolbox
 from training.budgets import BUDGETS, BudgetName
 from training.config import EvaluateRecipe, RecipeError
 from training.data import ImageSet
-from training.evaluate import Entry, aid_scores, cost, measure
+from training.evaluate import Entry, aid_scores, cost, evaluate, measure, with_variants
 from training.evaluation import Evaluation, head
 from training.forecast import forecast
 from training.plan import Planner, Subject
@@ -386,6 +386,39 @@ def test_what_a_recipe_asks_for_is_run_on_every_defense_and_stays_out_of_the_wor
         assert counts == {"pgd2_l2": 3, "bpda_eot": 2, "rand": 5, "moved": 2}
         assert not set(counts) & set((report["worst_case"] or {"over": []})["over"])
     assert report["worst_case"] is None
+
+
+def test_variants_of_zeropur_are_the_default_preset_with_some_fields_changed(finished: Workshop) -> None:
+    manifest = load_bundle(finished.bundle).manifest
+    varied = with_variants(manifest, {"coarse": {"fine_steps": 0}})
+    assert varied.defenses.zeropur is not None
+    assert manifest.defenses.zeropur is not None
+    usual = manifest.defenses.zeropur.presets["code"]
+    assert varied.defenses.zeropur.presets == {"code": usual, "coarse": usual.model_copy(update={"fine_steps": 0})}
+    assert varied.resolve("zeropur:coarse") == "zeropur:coarse"
+
+
+@pytest.mark.parametrize(
+    ("variants", "reason"),
+    [
+        ({"code": {"fine_steps": 0}}, "a preset code already"),
+        ({"new": {"fine_steps": -1}}, "fine_steps"),
+        ({"new": {"speed": 1}}, "speed"),
+    ],
+)
+def test_variants_that_make_no_preset_are_refused(
+    variants: dict[str, dict[str, object]], reason: str, finished: Workshop
+) -> None:
+    with pytest.raises(RecipeError, match=reason):
+        with_variants(load_bundle(finished.bundle).manifest, variants)
+    with pytest.raises(RecipeError, match="a bundle that offers zeropur"):
+        with_variants(bundle_of(color_classifier()).manifest, variants)
+
+
+def test_a_report_with_variants_is_not_written_into_the_bundle(finished: Workshop, tmp_path: Path) -> None:
+    recipe = recipe_with(zeropur_variants={"coarse": {"fine_steps": 0}})
+    with pytest.raises(RecipeError, match="--keep-report"):
+        evaluate(recipe, finished.bundle, torch.device("cpu"), tmp_path)
 
 
 def test_two_attacks_of_one_name_are_refused(finished: Workshop, tmp_path: Path) -> None:

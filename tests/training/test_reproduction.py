@@ -6,31 +6,62 @@ from typing import Any
 
 import pytest
 
-from training.config import EvaluateRecipe, read_recipe
-from training.reproduction import NOT_RUN, TABLES, Row, Table, main, ours, page, read_tables
+from models.manifest import Strict
+from training.config import (
+    AidRecipe,
+    ClassifierRecipe,
+    EvaluateRecipe,
+    ExportRecipe,
+    FinetuneRecipe,
+    PretrainRecipe,
+    read_recipe,
+)
+from training.reproduction import NOT_RUN, TABLES, Direction, Row, Table, cell, main, page, read_tables
 
 RECIPES = TABLES.parents[1]
+KINDS: dict[str, type[Strict]] = {
+    "train-classifier": ClassifierRecipe,
+    "pretrain-purifier": PretrainRecipe,
+    "finetune-atop": FinetuneRecipe,
+    "train-aid": AidRecipe,
+    "export": ExportRecipe,
+}
 
 
-def cell(accuracy: float) -> dict[str, Any]:
+def measured(accuracy: float) -> dict[str, Any]:
     return {"accuracy": accuracy, "interval": [accuracy - 0.01, accuracy + 0.01], "n": 512}
 
 
 def report() -> dict[str, Any]:
-    entry = {"standard": cell(0.9), "grey_box": {"pgd20": cell(0.8)}, "adaptive": {"full": cell(0.3)}, "unseen": {}}
+    entry = {
+        "standard": measured(0.9),
+        "grey_box": {"pgd20": measured(0.8)},
+        "adaptive": {"full": measured(0.3)},
+        "unseen": {},
+    }
     hardware = {"cpu": "a processor", "threads": 2, "gpu": None}
     recipe = {"seed": 7, "hardware": hardware, "attacks_s": 240.0, "git_commit": "0123456789abcdef"}
-    return {"undefended": {**entry, "standard": cell(0.95)}, "defenses": {"atop": entry}, "recipe": recipe}
+    return {"undefended": {**entry, "standard": measured(0.95)}, "defenses": {"atop": entry}, "recipe": recipe}
 
 
-def table() -> Table:
-    where = {"recipe": "reproduction/atop-7.toml", "bundle": "runs/b/1"}
+def row(name: str, defense: str, paper: tuple[float, ...], recipe: str = "one") -> Row:
+    return Row(name=name, bundle="runs/b/1", recipe=recipe, defense=defense, paper=paper)
+
+
+def table(*directions: Direction) -> Table:
     rows = (
-        Row(name="AToP", evaluation="b-1/one", defense="atop", paper=(90.0, 84.57, -1), **where),
-        Row(name="none", evaluation="b-1/one", defense="none", paper=(93.0, 0.0, 0.0), **where),
-        Row(name="other", evaluation="b-1/two", defense="atop", paper=(1.0, 2.0, 3.0), **where),
+        row("AToP", "atop", (90.0, 84.57, -1)),
+        row("none", "none", (93.0, 0.0, 0.0)),
+        row("other", "atop", (1.0, 2.0, 3.0), recipe="two"),
     )
-    return Table(title="A table", ours="Smaller.", columns=("standard", "pgd20", "full"), rows=rows)
+    return Table(
+        title="A table",
+        ours="Smaller.",
+        columns=("standard", "pgd20", "full"),
+        made_by=("export b.toml",),
+        rows=rows,
+        directions=directions,
+    )
 
 
 def runs_with_a_report(folder: Path) -> Path:
@@ -42,8 +73,8 @@ def runs_with_a_report(folder: Path) -> Path:
 
 def test_the_page_has_the_papers_number_beside_ours(tmp_path: Path) -> None:
     lines = page([table()], runs_with_a_report(tmp_path)).splitlines()
-    row = next(line for line in lines if line.startswith("| AToP"))
-    assert row == (
+    defended = next(line for line in lines if line.startswith("| AToP"))
+    assert defended == (
         "| AToP | 90.00 | 90.0 (89.0 to 91.0, n 512) | 84.57 | 80.0 (79.0 to 81.0, n 512) "
         "| – | 30.0 (29.0 to 31.0, n 512) |"
     )
@@ -56,33 +87,61 @@ def test_the_page_has_the_papers_number_beside_ours(tmp_path: Path) -> None:
 
 def test_every_evaluation_stands_once_with_command_seed_machine_and_commit(tmp_path: Path) -> None:
     text = page([table()], runs_with_a_report(tmp_path))
-    command = "`python -m training evaluate --recipe training/recipes/reproduction/atop-7.toml --bundle runs/b/1"
-    assert text.count(command) == 2
+    assert text.count("`evaluate reproduction/one.toml --bundle runs/b/1 --keep-report`") == 1
     assert "seed 7, 2 threads of a processor, 4 minutes, commit 0123456789ab" in text
-    assert "not run yet" in text
+    assert "`evaluate reproduction/two.toml --bundle runs/b/1 --keep-report`: not run" in text
+    assert "- `export b.toml`" in text
+
+
+@pytest.mark.parametrize(
+    ("cells", "at_most", "said"),
+    [
+        ([("none", "standard"), ("AToP", "standard"), ("AToP", "full")], None, "holds (95.0, 90.0, 30.0)"),
+        ([("AToP", "standard"), ("none", "standard")], None, "**does not hold** (90.0, 95.0)"),
+        ([("AToP", "pgd20"), ("none", "pgd20")], None, "**does not hold** (80.0, 80.0)"),
+        ([("AToP", "full")], 0.3, "holds (30.0)"),
+        ([("AToP", "full")], 0.29, "**does not hold** (30.0)"),
+        ([("AToP", "full"), ("other", "full")], None, "not run"),
+    ],
+)
+def test_a_direction_is_judged_by_what_was_measured(
+    cells: tuple[tuple[str, str], ...], at_most: float | None, said: str, tmp_path: Path
+) -> None:
+    direction = Direction(says="It falls", cells=tuple(cells), at_most=at_most)
+    assert f"- It falls: {said}." in page([table(direction)], runs_with_a_report(tmp_path)).splitlines()
 
 
 @pytest.mark.parametrize(("defense", "column"), [("atop", "cw"), ("aid", "pgd20"), ("none", "square")])
 def test_what_a_report_does_not_have_was_not_run(defense: str, column: str) -> None:
-    assert ours(report(), defense, column) == NOT_RUN
+    wanted = row("r", defense, (1.0,))
+    assert cell({wanted.report: report()}, wanted, column) is None
 
 
-def test_the_shipped_tables_name_recipes_that_measure_their_columns() -> None:
+def test_the_shipped_tables_name_recipes_that_measure_their_cells() -> None:
     for shipped in read_tables():
-        for row in shipped.rows:
-            recipe = read_recipe(RECIPES / row.recipe, EvaluateRecipe)
-            assert row.evaluation.endswith(f"/{recipe.name}")
-            assert row.defense in {"none", *recipe.defenses, *recipe.grey_box_only}
-            known = {"standard", *recipe.effort.grey_box}
-            assert set(shipped.columns) <= known, row.name
+        for wanted in shipped.rows:
+            recipe = read_recipe(RECIPES / f"reproduction/{wanted.recipe}.toml", EvaluateRecipe)
+            assert wanted.recipe == recipe.name
+            assert wanted.defense in {"none", *recipe.defenses, *recipe.grey_box_only}
+            known = {"standard", *recipe.effort.grey_box, *(attack.name for attack in recipe.further)}
+            assert set(shipped.columns) <= known, wanted.name
 
 
-def test_a_row_must_have_a_number_for_every_column(tmp_path: Path) -> None:
-    path = tmp_path / "tables.toml"
-    fields = 'name = "r", evaluation = "e", defense = "none", recipe = "r.toml", bundle = "b", paper = [1.0]'
-    path.write_text(f'[[tables]]\ntitle = "T"\nours = "."\ncolumns = ["standard", "fgsm"]\nrows = [{{ {fields} }}]\n')
-    with pytest.raises(ValueError, match="T, r: 1 numbers for 2 columns"):
-        read_tables(path)
+def test_the_shipped_tables_name_commands_and_recipes_that_are_there() -> None:
+    made = {command for shipped in read_tables() for command in (*shipped.made_by, *shipped.paper_size)}
+    assert made
+    for command in made:
+        name, path, *_ = command.split()
+        read_recipe(RECIPES / path, KINDS[name])
+
+
+def test_a_row_must_have_a_number_for_every_column_and_a_direction_its_cells() -> None:
+    with pytest.raises(ValueError, match="A table, r: 1 numbers for 3 columns"):
+        Table(**{**table().model_dump(), "rows": [row("r", "none", (1.0,))]})
+    with pytest.raises(ValueError, match="there is no cell AToP, fgsm"):
+        table(Direction(says="It falls", cells=(("AToP", "fgsm"),)))
+    with pytest.raises(ValueError, match="there is no cell nobody, full"):
+        table(Direction(says="It falls", cells=(("nobody", "full"),)))
 
 
 def test_the_command_writes_the_page(tmp_path: Path) -> None:
