@@ -207,8 +207,8 @@ class ZeroPurPreset(Strict):
             raise ValueError("fine alignment needs fine_layers")
         if self.fine_steps and not self.coarse_steps:
             raise ValueError("fine alignment follows what coarse shifting found: coarse_steps must not be 0")
-        if not self.coarse_steps and self.random_start:
-            raise ValueError("a blur alone has no random start")
+        if not self.coarse_steps and (self.random_start or self.blur.kind == "tv"):
+            raise ValueError("a blur alone has no random start, and is not tv, through which no gradient flows")
         return self
 
 

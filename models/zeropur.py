@@ -2,7 +2,8 @@
 
 Coarse shifting moves an image so that its embedding points where that of its own blurred copy does. Fine
 alignment starts again from the received image and moves its features along the direction that coarse
-shifting found. Everything happens in an l-inf ball around the received image.
+shifting found. All of it happens in an l-inf ball around the received image, but for a preset without any step,
+which is the blur alone.
 
 Each forward pass ends at the deepest layer that is needed, the features of the received and of the coarse
 image are computed once, and gradients go to images only.

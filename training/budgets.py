@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from models.manifest import Strict
 
@@ -13,19 +13,28 @@ GreyBoxName = Annotated[str, Field(pattern=r"^(fgsm|pgd[1-9][0-9]{0,3}|mim|deepf
 BudgetName = Literal["quick", "standard", "paper"]
 
 
-class Further(Strict):
+class FurtherAttack(Strict):
     """An attack on the whole defense that a recipe asks for beside its budget's; it stays out of the worst case."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
     attack: Literal["pgd", "bpda", "rand", "stadv"]
     """Full gradient or BPDA with EOT, the two attacks of AutoAttack `rand`, or moved pixels."""
-    norm: Literal["linf", "l2"] = "linf"
-    eps: PositiveFloat = 8 / 255
-    """Neither this nor `norm` means anything to `stadv`, whose bound is on how far pixels move."""
+    norm: Literal["linf", "l2"] | None = None
+    eps: PositiveFloat | None = None
+    """The ball of `norm`; `stadv` has neither, its bound is on how far pixels move."""
     steps: PositiveInt
-    draws: PositiveInt = 1
+    draws: PositiveInt
     """Over which the gradient of a random defense is averaged."""
     images: PositiveInt
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.name in ("standard", "clean"):
+            raise ValueError(f"{self.name} is no attack")
+        given = {self.norm is not None, self.eps is not None}
+        if given != {self.attack != "stadv"}:
+            raise ValueError(f"{self.name}: pgd, bpda and rand have a norm and an eps, stadv has neither")
+        return self
 
 
 class Effort(Strict):
@@ -53,9 +62,19 @@ class Effort(Strict):
     unseen: bool = False
     """Whether level L6 is run: another norm, larger and smaller budgets, moved pixels, a known seed."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for attack in ("bpda", "full", "apgd"):
+            if getattr(self, f"{attack}_steps") and f"{attack}_draws" not in self.model_fields_set:
+                raise ValueError(f"{attack}_steps need {attack}_draws: one draw is a weak attack on a random defense")
+        return self
+
 
 class Budget(Strict):
-    """One budget. The attacked images are the first of the shuffled test images, for every defense."""
+    """One budget. The attacked images are the first of the shuffled test images, for every defense.
+
+    A recipe may leave out both efforts if it measures `grey_box_only` defenses alone.
+    """
 
     clean_images: PositiveInt
     clean_draws: PositiveInt = 1
@@ -90,6 +109,7 @@ BUDGETS: dict[BudgetName, Budget] = {
             square_queries=150,
             aware_steps=10,
             curve_images=32,
+            curve_eps=(0.5, 1.0, 2.0),
         ),
         descending=Effort(
             images=16,

@@ -22,7 +22,7 @@ from pydantic import (
 from models.classifiers import ARCHITECTURES, Classifier
 from models.manifest import AidPreset, AidSpec, AnyInpainterSpec, AtopPreset, Strict, ZeroPurPreset, size_multiple
 from models.randomness import SEED_LIMIT
-from training.budgets import BUDGETS, Budget, BudgetName, Further
+from training.budgets import BUDGETS, Budget, BudgetName, FurtherAttack
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFraction = Annotated[float, Field(gt=0, le=1)]
@@ -344,15 +344,15 @@ class EvaluateRecipe(Strict):
     defenses: tuple[str, ...] = ()
     """Which ones; none given: every defense of the bundle at its default preset."""
     grey_box_only: tuple[str, ...] = ()
-    """Further ones, of which only L0 and L1 are measured: they have no worst case and are not credible."""
+    """Further ones, of which L0, L1 and `further` are measured: they have no worst case and are not credible."""
     eps: PositiveFloat = 8 / 255
     budget: BudgetName | Budget = "standard"
     """A name (see `training/budgets.py`), or every number spelt out."""
     batch_size: PositiveInt = 64
     zeropur_variants: dict[RunName, dict[str, Any]] = Field(default_factory=dict)
     """Presets that the bundle does not offer, by what differs from its default preset of ZeroPur."""
-    further: tuple[Further, ...] = ()
-    """Attacks on every defense beside those of the budget, outside the worst case."""
+    further: tuple[FurtherAttack, ...] = ()
+    """Attacks on every defense beside those of the budget, outside the worst case and a bundle's own report."""
     transfer_from: tuple[str, ...] = ()
     """Bundles on disk whose classifiers' adversarial images are tried as well."""
 
@@ -367,6 +367,10 @@ class EvaluateRecipe(Strict):
     def _check(self) -> Self:
         if len({attack.name for attack in self.further}) < len(self.further):
             raise ValueError("two attacks of `further` have one name")
+        efforts = {"one_pass", "descending"}
+        judged = set(self.defenses) != {"none"} or bool(self.transfer_from)
+        if isinstance(self.budget, Budget) and judged and not efforts <= self.budget.model_fields_set:
+            raise ValueError("a budget for anything but grey_box_only defenses needs one_pass and descending")
         if both := (set(self.defenses) | {"none"}) & set(self.grey_box_only):
             raise ValueError(f"{', '.join(sorted(both))}: in defenses and in grey_box_only")
         return self

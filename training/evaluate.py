@@ -31,7 +31,7 @@ from training.data import DataError, load_split
 from training.evaluation import Evaluation, clean_work, fitted, planned, weights_of
 from training.forecast import forecast
 from training.pictures import Picture, pictures
-from training.plan import GROUPS, Subject
+from training.plan import DLR_CLASSES, GROUPS, Subject
 from training.progress import Progress
 from training.provenance import hardware, library_versions
 from training.report import page
@@ -197,11 +197,12 @@ def evaluate(
 
     What was found is kept under `<runs>/evaluations/`, beside a copy of the report, and is not measured again.
 
-    Raises BundleError for a bundle that cannot be loaded, UnknownDefense for a defense that it does not offer, and
-    DataError for data of other classes or another size than the bundle's.
+    Raises BundleError for a bundle that cannot be loaded, UnknownDefense for a defense that it does not offer,
+    DataError for data of other classes or another size than the bundle's, and RecipeError for variants that make no
+    preset, and for further attacks that bear another's name, need more classes, or would be in the bundle's report.
     """
-    if recipe.zeropur_variants and not keep_report:
-        raise RecipeError("zeropur_variants are none of the bundle's own: measure them with --keep-report")
+    if (recipe.zeropur_variants or recipe.further) and not keep_report:
+        raise RecipeError("zeropur_variants and further attacks are not for a bundle's own report: use --keep-report")
     started = time.monotonic()
     evaluation = prepare(recipe, directory, device, runs)
     subjects = evaluation.subjects()
@@ -295,6 +296,8 @@ def prepare(recipe: EvaluateRecipe, directory: Path, device: torch.device, runs:
         raise DataError(
             f"autoattack needs {AUTOATTACK_CLASSES} classes or more, and this bundle has {len(bundle.classes)}"
         )
+    if any(attack.attack == "rand" for attack in recipe.further) and len(bundle.classes) < DLR_CLASSES:
+        raise RecipeError(f"AutoAttack rand needs {DLR_CLASSES} classes, and this bundle has {len(bundle.classes)}")
     data = load_split(recipe.data, recipe.data.test_split)
     for other in (bundle, *others.values()):
         if data.classes != other.classes or tuple(data.images.shape[2:]) != other.input_size:

@@ -171,7 +171,7 @@ def planned(evaluation: Evaluation, subject: Subject) -> list[Attack]:
     only_grey = subject.name in evaluation.recipe.grey_box_only
     attacks = planner.grey_box(subject) if only_grey else planner.attacks(subject)
     known = {attack.name for attack in attacks}
-    further = [planner.asked_for(subject, wanted) for wanted in evaluation.recipe.further]
+    further = [planner.requested(subject, wanted) for wanted in evaluation.recipe.further]
     if both := known & {attack.name for attack in further}:
         raise RecipeError(f"{', '.join(sorted(both))}: in `further`, and an attack of the budget")
     return [fitted(attack, len(evaluation.data)) for attack in (*attacks, *further)]

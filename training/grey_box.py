@@ -16,7 +16,7 @@ from training.attacks.pgd import ascend, loss_gradient
 from training.attacks.threats import L2, Linf, Threat
 
 PGD_STEP = 1 / 4
-"""Of eps: the papers' 2/255 at 8/255."""
+"""Of eps: 2/255 at 8/255, as in AToP and ZeroPur. AID has 1/255."""
 L2_EPS, L2_STEP = 0.5, 0.05
 DI2_STEPS = 10
 CW_STEPS = 100

@@ -35,7 +35,7 @@ from training.attacks.looks import Looks, Oracle, SameLook
 from training.attacks.pgd import Gradient, ascend
 from training.attacks.stadv import stadv
 from training.attacks.threats import L2, Linf, Threat
-from training.budgets import Budget, Effort, Further
+from training.budgets import Budget, Effort, FurtherAttack
 
 RELATIVE_STEP = 0.007 / (8 / 255)
 """Step of our attacks as a share of their budget: that of Lee & Kim (2023) at 8/255."""
@@ -89,8 +89,9 @@ class Subject:
     @property
     def descends(self) -> bool:
         """Whether an answer can take gradients, which makes it a hundred times as costly."""
-        parts = (part for purifier in self.purifiers for part in purifier.modules())
-        return any(isinstance(part, AidPurifier | ZeroPurPurifier) for part in parts)
+        parts = [part for purifier in self.purifiers for part in purifier.modules()]
+        aligned = any(isinstance(part, ZeroPurPurifier) and part.preset.coarse_steps for part in parts)
+        return aligned or any(isinstance(part, AidPurifier) for part in parts)
 
 
 @dataclass(frozen=True)
@@ -385,12 +386,12 @@ class Planner:
         settings = {"steps": steps, "draws": draws}
         return Attack(name, "L6", settings, count, run, None, Work(looks=steps * draws))
 
-    def asked_for(self, subject: Subject, wanted: Further) -> Attack:
+    def requested(self, subject: Subject, wanted: FurtherAttack) -> Attack:
         """L6: an attack on the whole defense that a recipe spells out."""
         defended, draws = subject.defended, self.draws(subject, wanted.draws)
-        threat = THREATS[wanted.norm](wanted.eps)
-        if wanted.attack == "stadv":
+        if wanted.norm is None or wanted.eps is None:
             return self.moved(subject, wanted.name, wanted.images, wanted.steps, wanted.draws)
+        threat = THREATS[wanted.norm](wanted.eps)
         if wanted.attack == "rand":
             return self.rand(subject, wanted, threat)
         towards, look = {
@@ -407,9 +408,10 @@ class Planner:
             threat=threat,
             draws=draws,
         )
-        return replace(attack, images=wanted.images)
+        kind = {"attack": wanted.attack, "norm": wanted.norm}
+        return replace(attack, images=wanted.images, settings={**attack.settings, **kind})
 
-    def rand(self, subject: Subject, wanted: Further, threat: Linf | L2) -> Attack:
+    def rand(self, subject: Subject, wanted: FurtherAttack, threat: Linf | L2) -> Attack:
         """AutoAttack `rand` on the whole defense."""
         draws = self.draws(subject, wanted.draws)
 
@@ -420,7 +422,7 @@ class Planner:
                 oracle, images, labels, threat, steps=wanted.steps, draws=draws, seed=seed % 2**31
             )
 
-        settings = {"steps": wanted.steps, "draws": draws, "norm": wanted.norm, "eps": wanted.eps}
+        settings = wanted.model_dump(include={"attack", "norm", "eps", "steps"}) | {"draws": draws}
         work = Work(looks=2 * wanted.steps * draws)
         return Attack(wanted.name, "L6", settings, wanted.images, run, threat, work)
 

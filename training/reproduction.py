@@ -13,14 +13,19 @@ import sys
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from models.manifest import Fraction, Strict
+from training.config import EvaluateRecipe, RecipeError, read_recipe
 
 TABLES = Path(__file__).parent / "recipes" / "reproduction" / "tables.toml"
 NOT_RUN = "not run"
+HOLDS, OPEN, FAILS = "holds", "cannot be told apart", "**does not hold**"
+SETTINGS = {"seed", "eps", "batch_size", "defenses", "grey_box_only", "zeropur_variants", "further"}
+VERDICTS = (HOLDS, OPEN, FAILS)
+"""From good to bad: that of an order of several is the worst of its pairs."""
 
 
 class Row(Strict):
@@ -47,10 +52,16 @@ class Direction(Strict):
     """What must hold of our numbers if the paper's story does."""
 
     says: str
-    cells: tuple[tuple[str, str], ...]
+    cells: Annotated[tuple[tuple[str, str], ...], Field(min_length=1)]
     """Row and column: each accuracy larger than the next one's."""
     at_most: Fraction | None = None
-    """Or: every accuracy at most this."""
+    """Or, for a single cell: the accuracy at most this."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (len(self.cells) == 1) != (self.at_most is not None):
+            raise ValueError(f"{self.says}: one cell needs at_most, several are in an order")
+        return self
 
 
 class Table(Strict):
@@ -64,7 +75,7 @@ class Table(Strict):
     made_by: tuple[str, ...] = ()
     """What makes its bundles: commands of `training` and their recipes, in order."""
     paper_size: tuple[str, ...] = ()
-    """The same with the paper's networks, for a GPU."""
+    """The same with networks like the paper's, for a GPU."""
     rows: tuple[Row, ...]
     directions: tuple[Direction, ...] = ()
     remark: str = ""
@@ -116,7 +127,7 @@ def page(tables: Iterable[Table], runs: Path) -> str:
 
 def section(table: Table, runs: Path) -> list[str]:
     """One table with what must hold of it, and its commands."""
-    reports = {row.report: report_of(runs, row.report) for row in table.rows}
+    reports = {row.report: report_of(runs, row) for row in table.rows}
     head = " | ".join(f"{column}, paper | ours" for column in table.columns)
     lines = [f"## {table.title}", "", table.ours, "", f"| | {head} |", "|---|" + "---|---|" * len(table.columns)]
     for row in table.rows:
@@ -154,18 +165,25 @@ def written(found: Mapping[str, Any] | None) -> str:
 
 
 def judged(direction: Direction, table: Table, reports: Reports) -> str:
-    """The direction, whether it holds, and by which numbers."""
+    """The direction, whether it holds, and by which numbers; what their intervals leave open is said to be open."""
     rows = {row.name: row for row in table.rows}
-    found = [cell(reports, rows[name], column) for name, column in direction.cells]
-    measured = [each["accuracy"] for each in found if each is not None]
-    if len(measured) < len(found):
+    cells = [cell(reports, rows[name], column) for name, column in direction.cells]
+    found = [each for each in cells if each is not None]
+    if len(found) < len(cells):
         return f"- {direction.says}: {NOT_RUN}."
     if direction.at_most is not None:
-        holds = all(accuracy <= direction.at_most for accuracy in measured)
+        verdict = HOLDS if found[0]["accuracy"] <= direction.at_most else FAILS
     else:
-        holds = all(larger > smaller for larger, smaller in itertools.pairwise(measured))
-    numbers = ", ".join(f"{100 * accuracy:.1f}" for accuracy in measured)
-    return f"- {direction.says}: {'holds' if holds else '**does not hold**'} ({numbers})."
+        verdict = max((order(*pair) for pair in itertools.pairwise(found)), key=VERDICTS.index)
+    numbers = ", ".join(f"{100 * each['accuracy']:.1f}" for each in found)
+    return f"- {direction.says}: {verdict} ({numbers})."
+
+
+def order(larger: Mapping[str, Any], smaller: Mapping[str, Any]) -> str:
+    """Whether the first accuracy is larger than the second: only what intervals that do not overlap show."""
+    if larger["interval"][0] > smaller["interval"][1]:
+        return HOLDS
+    return FAILS if larger["interval"][1] < smaller["interval"][0] else OPEN
 
 
 def commands(table: Table, reports: Reports) -> list[str]:
@@ -182,21 +200,30 @@ def commands(table: Table, reports: Reports) -> list[str]:
         lines += [f"- `evaluate reproduction/{row.recipe}.toml --bundle {row.bundle} --keep-report`: {where}"]
     if table.paper_size:
         steps = ", ".join(f"`{command}`" for command in table.paper_size)
-        lines += [f"- In the paper's size, for a GPU, {NOT_RUN}: {steps}, then the same evaluations."]
+        lines += [
+            f"- Near the paper's size, for a GPU, {NOT_RUN}: {steps}; the recipes of the evaluations are the same."
+        ]
     return lines
 
 
-def report_of(runs: Path, report: str) -> dict[str, Any] | None:
-    """The report that an evaluation left, if it was run to its end."""
-    path = runs / "evaluations" / report
+def report_of(runs: Path, row: Row) -> dict[str, Any] | None:
+    """The report that the row's evaluation left, if it was run to its end.
+
+    Raises ValueError for one that was measured by another recipe of that name, or with other options.
+    """
+    path = runs / "evaluations" / row.report
     if not path.exists():
         return None
     found: dict[str, Any] = json.loads(path.read_text())
+    recipe = read_recipe(TABLES.parent / f"{row.recipe}.toml", EvaluateRecipe)
+    wanted = recipe.model_dump(mode="json", include=SETTINGS) | {"budget": recipe.effort.model_dump(mode="json")}
+    if other := [name for name, value in wanted.items() if found["recipe"].get(name) != value]:
+        raise ValueError(f"{path} was not measured by {row.recipe}.toml as it is now: {', '.join(other)} differ")
     return found
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the page; the exit status is 2 if the tables cannot be read."""
+    """Write the page; the exit status is 2 if tables or reports cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m training.reproduction", description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where evaluations are")
     parser.add_argument("--output", type=Path, default=Path("docs/reproduction.md"), help="the page")
@@ -205,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
         text = page(read_tables(), options.runs)
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecipeError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0

@@ -227,6 +227,8 @@ def test_impossible_blurs_and_alignments_are_refused() -> None:
         ZeroPurPreset(blur=median, coarse_steps=0, fine_layers=("stage2",))
     with pytest.raises(ValidationError, match="has no random start"):
         ZeroPurPreset(blur=median, coarse_steps=0, fine_steps=0, random_start=True)
+    with pytest.raises(ValidationError, match="is not tv"):
+        ZeroPurPreset(blur=BlurSpec(kind="tv", size=0.1), coarse_steps=0, fine_steps=0)
 
 
 def test_without_aid_there_is_no_threshold() -> None:

@@ -24,7 +24,7 @@ from tests.fakes import color_classifier, linear_classifier, linear_problem, smo
 from tests.training.tiny import CLASSES, RECIPES, SIDE, Workshop, color_set
 from training.__main__ import main
 from training.attacks import by_foolbox
-from training.budgets import BUDGETS, BudgetName
+from training.budgets import BUDGETS, BudgetName, Effort, FurtherAttack
 from training.config import EvaluateRecipe, RecipeError
 from training.data import ImageSet
 from training.evaluate import Entry, aid_scores, cost, evaluate, measure, with_variants
@@ -366,9 +366,9 @@ def test_unseen_threats_stay_out_of_the_worst_case(finished: Workshop, tmp_path:
 
 FURTHER = [
     {"name": "pgd2_l2", "attack": "pgd", "norm": "l2", "eps": 1.0, "steps": 2, "draws": 2, "images": 3},
-    {"name": "bpda_eot", "attack": "bpda", "steps": 1, "draws": 2, "images": 2},
-    {"name": "rand", "attack": "rand", "steps": 4, "images": 5},
-    {"name": "moved", "attack": "stadv", "steps": 2, "images": 2},
+    {"name": "bpda_eot", "attack": "bpda", "norm": "linf", "eps": 0.1, "steps": 1, "draws": 2, "images": 2},
+    {"name": "rand", "attack": "rand", "norm": "linf", "eps": 0.1, "steps": 4, "draws": 1, "images": 5},
+    {"name": "moved", "attack": "stadv", "steps": 2, "draws": 1, "images": 2},
 ]
 
 
@@ -382,10 +382,48 @@ def test_what_a_recipe_asks_for_is_run_on_every_defense_and_stays_out_of_the_wor
 
     for defense in ("none", "atop", "zeropur"):
         report = entry_of(evaluation, defense).report
-        counts = {name: cell["n"] for name, cell in report["unseen"].items()}
-        assert counts == {"pgd2_l2": 3, "bpda_eot": 2, "rand": 5, "moved": 2}
-        assert not set(counts) & set((report["worst_case"] or {"over": []})["over"])
+        assert {name: cell["n"] for name, cell in report["unseen"].items()} == {f["name"]: f["images"] for f in FURTHER}
+        assert not set(report["unseen"]) & set((report["worst_case"] or {"over": []})["over"])
     assert report["worst_case"] is None
+
+
+@pytest.mark.parametrize("wanted", FURTHER, ids=lambda wanted: str(wanted["name"]))
+def test_an_attack_that_a_recipe_asks_for_does_what_it_says(wanted: dict[str, Any], finished: Workshop) -> None:
+    bundle = load_bundle(finished.bundle)
+    subject, images = Subject("atop", bundle.defended("atop")), torch.rand(3, 3, SIDE, SIDE) * 0.4 + 0.3
+    planner = Planner(bundle.classifier, recipe_with().effort, 8 / 255, 0, {}, 3)
+    attack = planner.requested(subject, FurtherAttack.model_validate(wanted))
+
+    changes = (attack.run(images, torch.tensor([0, 1, 2]), [0, 1, 2]) - images).flatten(1)
+
+    if wanted["attack"] == "stadv":
+        assert attack.threat is None
+        assert (changes.abs().amax(1) > 0).all()
+        return
+    lengths = changes.norm(dim=1) if wanted["norm"] == "l2" else changes.abs().amax(1)
+    reached = wanted["eps"] if wanted["attack"] == "rand" else 0.2 * wanted["eps"] * wanted["steps"]
+    assert ((lengths > 0.9 * reached) & (lengths <= wanted["eps"] + 1e-5)).all()
+    other = {**wanted, "attack": "pgd" if wanted["attack"] == "bpda" else "bpda"}
+    assert attack.settings != planner.requested(subject, FurtherAttack.model_validate(other)).settings
+
+
+@pytest.mark.parametrize(
+    "changes", [{"name": "standard"}, {"eps": None}, {"norm": None}, {"attack": "stadv"}, {"draws": None}]
+)
+def test_an_attack_that_would_be_weak_or_unclear_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        FurtherAttack.model_validate({**FURTHER[0], **changes})
+
+
+def test_a_budget_without_efforts_is_for_grey_box_numbers_alone() -> None:
+    few = {"clean_images": 4, "grey_box_images": 4, "costly_images": 4}
+    fields = {**RECIPES["evaluate"], "budget": few}
+    EvaluateRecipe.model_validate({**fields, "defenses": ["none"], "grey_box_only": ["atop"]})
+    for defenses in (["atop"], []):
+        with pytest.raises(ValidationError, match="needs one_pass and descending"):
+            EvaluateRecipe.model_validate({**fields, "defenses": defenses})
+    with pytest.raises(ValidationError, match="full_steps need full_draws"):
+        Effort(images=2, full_steps=3)
 
 
 def test_variants_of_zeropur_are_the_default_preset_with_some_fields_changed(finished: Workshop) -> None:
@@ -415,10 +453,12 @@ def test_variants_that_make_no_preset_are_refused(
         with_variants(bundle_of(color_classifier()).manifest, variants)
 
 
-def test_a_report_with_variants_is_not_written_into_the_bundle(finished: Workshop, tmp_path: Path) -> None:
-    recipe = recipe_with(zeropur_variants={"coarse": {"fine_steps": 0}})
-    with pytest.raises(RecipeError, match="--keep-report"):
-        evaluate(recipe, finished.bundle, torch.device("cpu"), tmp_path)
+def test_a_report_with_variants_or_further_attacks_is_not_written_into_the_bundle(
+    finished: Workshop, tmp_path: Path
+) -> None:
+    for changes in ({"zeropur_variants": {"coarse": {"fine_steps": 0}}}, {"further": FURTHER}):
+        with pytest.raises(RecipeError, match="--keep-report"):
+            evaluate(recipe_with(**changes), finished.bundle, torch.device("cpu"), tmp_path)
 
 
 def test_two_attacks_of_one_name_are_refused(finished: Workshop, tmp_path: Path) -> None:

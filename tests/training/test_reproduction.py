@@ -28,8 +28,17 @@ KINDS: dict[str, type[Strict]] = {
 }
 
 
+OPEN_ORDER = "cannot be told apart (95.0, 90.0, 80.0, 80.0)"
+
+
 def measured(accuracy: float) -> dict[str, Any]:
     return {"accuracy": accuracy, "interval": [accuracy - 0.01, accuracy + 0.01], "n": 512}
+
+
+def settings() -> dict[str, Any]:
+    """What a report says of the recipe that it was measured by."""
+    recipe = read_recipe(RECIPES / "reproduction/atop-7.toml", EvaluateRecipe)
+    return recipe.model_dump(mode="json") | {"budget": recipe.effort.model_dump(mode="json")}
 
 
 def report() -> dict[str, Any]:
@@ -40,11 +49,11 @@ def report() -> dict[str, Any]:
         "unseen": {},
     }
     hardware = {"cpu": "a processor", "threads": 2, "gpu": None}
-    recipe = {"seed": 7, "hardware": hardware, "attacks_s": 240.0, "git_commit": "0123456789abcdef"}
+    recipe = settings() | {"hardware": hardware, "attacks_s": 240.0, "git_commit": "0123456789abcdef"}
     return {"undefended": {**entry, "standard": measured(0.95)}, "defenses": {"atop": entry}, "recipe": recipe}
 
 
-def row(name: str, defense: str, paper: tuple[float, ...], recipe: str = "one") -> Row:
+def row(name: str, defense: str, paper: tuple[float, ...], recipe: str = "atop-7") -> Row:
     return Row(name=name, bundle="runs/b/1", recipe=recipe, defense=defense, paper=paper)
 
 
@@ -52,7 +61,7 @@ def table(*directions: Direction) -> Table:
     rows = (
         row("AToP", "atop", (90.0, 84.57, -1)),
         row("none", "none", (93.0, 0.0, 0.0)),
-        row("other", "atop", (1.0, 2.0, 3.0), recipe="two"),
+        row("other", "atop", (1.0, 2.0, 3.0), recipe="aid-8"),
     )
     return Table(
         title="A table",
@@ -65,7 +74,7 @@ def table(*directions: Direction) -> Table:
 
 
 def runs_with_a_report(folder: Path) -> Path:
-    path = folder / "evaluations" / "b-1" / "one.json"
+    path = folder / "evaluations" / "b-1" / "atop-7.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(report()))
     return folder
@@ -87,9 +96,9 @@ def test_the_page_has_the_papers_number_beside_ours(tmp_path: Path) -> None:
 
 def test_every_evaluation_stands_once_with_command_seed_machine_and_commit(tmp_path: Path) -> None:
     text = page([table()], runs_with_a_report(tmp_path))
-    assert text.count("`evaluate reproduction/one.toml --bundle runs/b/1 --keep-report`") == 1
-    assert "seed 7, 2 threads of a processor, 4 minutes, commit 0123456789ab" in text
-    assert "`evaluate reproduction/two.toml --bundle runs/b/1 --keep-report`: not run" in text
+    assert text.count("`evaluate reproduction/atop-7.toml --bundle runs/b/1 --keep-report`") == 1
+    assert "seed 0, 2 threads of a processor, 4 minutes, commit 0123456789ab" in text
+    assert "`evaluate reproduction/aid-8.toml --bundle runs/b/1 --keep-report`: not run" in text
     assert "- `export b.toml`" in text
 
 
@@ -98,7 +107,8 @@ def test_every_evaluation_stands_once_with_command_seed_machine_and_commit(tmp_p
     [
         ([("none", "standard"), ("AToP", "standard"), ("AToP", "full")], None, "holds (95.0, 90.0, 30.0)"),
         ([("AToP", "standard"), ("none", "standard")], None, "**does not hold** (90.0, 95.0)"),
-        ([("AToP", "pgd20"), ("none", "pgd20")], None, "**does not hold** (80.0, 80.0)"),
+        ([("AToP", "pgd20"), ("none", "pgd20")], None, "cannot be told apart (80.0, 80.0)"),
+        ([("none", "standard"), ("AToP", "standard"), ("none", "pgd20"), ("AToP", "pgd20")], None, OPEN_ORDER),
         ([("AToP", "full")], 0.3, "holds (30.0)"),
         ([("AToP", "full")], 0.29, "**does not hold** (30.0)"),
         ([("AToP", "full"), ("other", "full")], None, "not run"),
@@ -139,9 +149,23 @@ def test_a_row_must_have_a_number_for_every_column_and_a_direction_its_cells() -
     with pytest.raises(ValueError, match="A table, r: 1 numbers for 3 columns"):
         Table(**{**table().model_dump(), "rows": [row("r", "none", (1.0,))]})
     with pytest.raises(ValueError, match="there is no cell AToP, fgsm"):
-        table(Direction(says="It falls", cells=(("AToP", "fgsm"),)))
+        table(Direction(says="It falls", cells=(("AToP", "fgsm"),), at_most=0.1))
     with pytest.raises(ValueError, match="there is no cell nobody, full"):
-        table(Direction(says="It falls", cells=(("nobody", "full"),)))
+        table(Direction(says="It falls", cells=(("nobody", "full"),), at_most=0.1))
+
+
+@pytest.mark.parametrize("cells", [(("AToP", "full"),), ()])
+def test_a_direction_that_could_not_fail_is_refused(cells: tuple[tuple[str, str], ...]) -> None:
+    with pytest.raises(ValueError, match=r"one cell needs at_most|at least 1 item"):
+        Direction(says="It falls", cells=cells)
+
+
+def test_a_report_by_another_recipe_is_refused(tmp_path: Path) -> None:
+    runs = runs_with_a_report(tmp_path)
+    path = runs / "evaluations" / "b-1" / "atop-7.json"
+    path.write_text(json.dumps({**report(), "recipe": {**settings(), "seed": 1}}))
+    with pytest.raises(ValueError, match=r"not measured by atop-7.toml as it is now: seed differ"):
+        page([table()], runs)
 
 
 def test_the_command_writes_the_page(tmp_path: Path) -> None:

@@ -84,6 +84,25 @@ def test_apgd_is_at_least_as_strong_as_our_pgd() -> None:
     assert losses[0] < losses[1] < losses[2] * 1.01
 
 
+def test_rand_keeps_the_better_of_its_two_attacks() -> None:
+    """Of saturated logits the cross-entropy has no gradient; the ratio of their differences does."""
+    problem = linear_problem()
+    classifier = four_classes(problem.classifier)
+
+    class Saturated(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            logits: Tensor = 1e6 * classifier(images)
+            return logits
+
+    threat = Linf(1.05 * problem.margin)
+    fooled = {
+        name: (classifier(attack(Saturated(), problem.images, problem.labels, threat)).argmax(1) != problem.labels)
+        for name, attack in ATTACKS.items()
+    }
+    assert not fooled["apgd-ce"].all()
+    assert fooled["rand"].all()
+
+
 def test_two_classes_are_refused() -> None:
     problem = linear_problem()
     with pytest.raises(ValueError, match="four classes"):
