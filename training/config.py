@@ -173,6 +173,8 @@ class ClassifierRecipe(Recipe):
     """`train-classifier`: SGD with Nesterov momentum, linear warm-up, cosine decay, an average of the weights."""
 
     architecture: str
+    initial_run: RunName | None = None
+    """A finished run of the same architecture whose averaged weights this one starts from; None starts from nothing."""
     mirrored: bool = False
     """Answer with the mean of an image and its mirror image; training is the same."""
     augmentation: Augmentation = Augmentation()

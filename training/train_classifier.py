@@ -19,8 +19,8 @@ from training.adversarial import attack, running_statistics_kept, training_loss
 from training.config import ClassifierRecipe
 from training.data import Batches, ImageSet, in_batches, load_split, to_float
 from training.precision import autocast
-from training.runs import Run, Stateful, fit
-from training.trained import on_device
+from training.runs import Run, RunError, Stateful, fit, read_recipe_of
+from training.trained import on_device, refuse_other_data, trained_classifier
 
 # 961 patches each: enough for the covariance of twelve numbers.
 WHITENING_IMAGES = 5000
@@ -29,12 +29,22 @@ WHITENING_IMAGES = 5000
 class ClassifierTraining:
     """A classifier, its optimizer and the average of its weights."""
 
-    def __init__(self, recipe: ClassifierRecipe, data: ImageSet, test: ImageSet, device: torch.device) -> None:
+    def __init__(
+        self,
+        recipe: ClassifierRecipe,
+        data: ImageSet,
+        test: ImageSet,
+        device: torch.device,
+        initial: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """`initial` are weights to start from."""
         torch.manual_seed(recipe.seed)
         self.recipe, self.test, self.device = recipe, test, device
         self.batches = Batches(data, recipe.batch_size, recipe.augmentation, recipe.seed, device)
         self.steps = self.batches.steps_in(recipe.epochs)
         self.classifier = on_device(initial_classifier(recipe, data), device)
+        if initial is not None:
+            self.classifier.load_state_dict(initial)
         self.optimizer = torch.optim.SGD(
             [p for p in self.classifier.parameters() if p.requires_grad],
             lr=recipe.lr,
@@ -149,8 +159,20 @@ def accuracy_on(classifier: torch.nn.Module, data: ImageSet, device: torch.devic
 
 
 def train_classifier(recipe: ClassifierRecipe, runs: Path, device: torch.device) -> dict[str, Any]:
-    """Train, or go on training, the classifier of a recipe; returns the summary with its test accuracy."""
+    """Train, or go on training, the classifier of a recipe; returns the summary with its test accuracy.
+
+    Raises RunError if the run that it starts from is missing, not finished or of another architecture, DataError if
+    that one was trained for other classes or another size.
+    """
     run = Run(runs, recipe)
     data, test = load_split(recipe.data, recipe.data.train_split), load_split(recipe.data, recipe.data.test_split)
-    task = ClassifierTraining(recipe, data, test, device)
-    return fit(run, task, checkpoint_every_s=recipe.checkpoint_every_s)
+    given = dict[str, Mapping[str, Tensor]]()
+    if recipe.initial_run is not None:
+        if (architecture := read_recipe_of(runs, recipe.initial_run)["architecture"]) != recipe.architecture:
+            raise RunError(
+                f"run {recipe.initial_run} trained a {architecture}, not the {recipe.architecture} asked for"
+            )
+        refuse_other_data(runs, recipe.initial_run, data)
+        given["initial"] = trained_classifier(runs, recipe.initial_run, device).state_dict()
+    task = ClassifierTraining(recipe, data, test, device, given.get("initial"))
+    return fit(run, task, checkpoint_every_s=recipe.checkpoint_every_s, given=given)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from torch import Tensor
 from models.randomness import generator_for
 from models.speednet import WhiteningStem
 from tests.fakes import color_classifier, weight_of
-from tests.training.tiny import CLASSES, DATA, RECIPES, assert_resumes_exactly, color_set
+from tests.training.tiny import CLASSES, DATA, RECIPES, Workshop, assert_resumes_exactly, color_set
 from training.attacks.pgd import pgd_linf
 from training.config import ClassifierRecipe
 from training.data import ImageSet, to_float
+from training.provenance import fingerprint
 from training.train_classifier import (
     ClassifierTraining,
     accuracy_on,
@@ -23,6 +25,7 @@ from training.train_classifier import (
     initial_classifier,
     warmup_then_cosine,
 )
+from training.trained import trained_classifier
 
 CPU = torch.device("cpu")
 
@@ -216,3 +219,33 @@ def test_the_accuracy_is_the_share_that_is_right() -> None:
     assert accuracy_on(color_classifier(), data, CPU) == 1
     wrong = ImageSet(data.images, torch.cat([data.labels[:7], (data.labels[7:] + 1) % 3]), CLASSES)
     assert accuracy_on(color_classifier(), wrong, CPU) == pytest.approx(0.7)
+
+
+# Going on from a finished run
+
+
+def test_a_run_can_start_from_the_weights_of_a_finished_one(finished: Workshop) -> None:
+    changes = {"name": "longer", "initial_run": "classifier", "epochs": 1, "lr": 1e-9, "warmup_epochs": 0}
+    assert finished.run("train-classifier", changes) == 0
+
+    first, second = (trained_classifier(finished.runs, name, CPU) for name in ("classifier", "longer"))
+    torch.testing.assert_close(dict(second.named_parameters()), dict(first.named_parameters()))
+    origin = json.loads((finished.runs / "longer" / "origin.json").read_text())
+    assert origin["sha256"]["initial"] == fingerprint(first.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"architecture": "resnet9-half", "data": {**DATA, "input_size": 32}},
+            "trained a wrn-16-2, not the resnet9-half",
+        ),
+        ({"initial_run": "nobody"}, "nobody"),
+    ],
+)
+def test_a_run_cannot_start_from_another_kind_of_network(
+    changes: dict[str, object], reason: str, finished: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finished.run("train-classifier", {"name": "odd", "initial_run": "classifier", **changes}) == 2
+    assert reason in capsys.readouterr().err
