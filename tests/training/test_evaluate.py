@@ -29,7 +29,7 @@ from training.config import EvaluateRecipe, RecipeError
 from training.data import ImageSet
 from training.evaluate import Entry, aid_scores, cost, evaluate, measure, with_variants
 from training.evaluation import Evaluation, head
-from training.forecast import forecast
+from training.forecast import behind_the_gate, forecast
 from training.plan import Planner, Subject
 from training.progress import Progress
 from training.report import below, table
@@ -541,6 +541,17 @@ def test_the_forecast_has_every_defense_and_level_and_a_sum(finished: Workshop, 
     assert [line.split()[0] for line in lines[1:-1]] == ["none", "atop", "atop:rt3", "aid", "zeropur"]
     assert len({len(line) for line in lines[:-1]}) == 1
     assert lines[-1].startswith("In all about ")
+
+
+def test_a_gate_is_forecast_by_what_attacked_images_take(finished: Workshop, tmp_path: Path) -> None:
+    bundle = load_bundle(finished.bundle)
+    evaluation = evaluation_of(bundle, color_set(20), tmp_path)
+    assert bundle.manifest.defenses.auto is not None
+    (preset,) = bundle.manifest.defenses.auto.presets.values()
+    assert preset.cheap == "none"
+    expected = {"auto": preset.strong, "atop:rt3": "atop:rt3", "none": "none"}
+    for name, timed in expected.items():
+        assert behind_the_gate(evaluation, Subject(name, bundle.defended(name))).name == timed
 
 
 def test_without_names_every_defense_of_the_bundle_is_measured(finished: Workshop, tmp_path: Path) -> None:
