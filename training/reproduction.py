@@ -11,7 +11,7 @@ import itertools
 import json
 import sys
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -33,7 +33,9 @@ class Row(Strict):
 
     name: str
     bundle: str
-    """The directory that is evaluated, which ends in name and version."""
+    """The directory that is evaluated, which ends in name and version; small enough for two CPU cores."""
+    paper_bundle: str | None = None
+    """The same with the paper's network; it has a row of its own once it has been evaluated."""
     recipe: str
     """Name of the evaluation's recipe in `training/recipes/reproduction/`, and of the report it leaves."""
     defense: str
@@ -75,7 +77,7 @@ class Table(Strict):
     made_by: tuple[str, ...] = ()
     """What makes its bundles: commands of `training` and their recipes, in order."""
     paper_size: tuple[str, ...] = ()
-    """The same with networks like the paper's, for a GPU."""
+    """What makes the same with the paper's networks, on a GPU."""
     rows: tuple[Row, ...]
     directions: tuple[Direction, ...] = ()
     remark: str = ""
@@ -127,10 +129,11 @@ def page(tables: Iterable[Table], runs: Path) -> str:
 
 def section(table: Table, runs: Path) -> list[str]:
     """One table with what must hold of it, and its commands."""
-    reports = {row.report: report_of(runs, row) for row in table.rows}
+    rows = [*table.rows, *in_papers_size(table, runs)]
+    reports = {row.report: report_of(runs, row) for row in rows}
     head = " | ".join(f"{column}, paper | ours" for column in table.columns)
     lines = [f"## {table.title}", "", table.ours, "", f"| | {head} |", "|---|" + "---|---|" * len(table.columns)]
-    for row in table.rows:
+    for row in rows:
         cells = []
         for column, paper in zip(table.columns, row.paper, strict=True):
             said = "–" if paper < 0 else f"{paper:.2f}"
@@ -140,7 +143,17 @@ def section(table: Table, runs: Path) -> list[str]:
         lines += ["", *(judged(direction, table, reports) for direction in table.directions)]
     if table.remark:
         lines += ["", table.remark]
-    return [*lines, "", *commands(table, reports)]
+    return [*lines, "", *commands(table, rows, reports)]
+
+
+def in_papers_size(table: Table, runs: Path) -> list[Row]:
+    """The rows with the paper's networks that have been evaluated."""
+    grown = [
+        row.model_copy(update={"name": f"{row.name} (paper's size)", "bundle": row.paper_bundle})
+        for row in table.rows
+        if row.paper_bundle is not None
+    ]
+    return [row for row in grown if report_of(runs, row) is not None]
 
 
 def cell(reports: Reports, row: Row, column: str) -> Mapping[str, Any] | None:
@@ -186,10 +199,10 @@ def order(larger: Mapping[str, Any], smaller: Mapping[str, Any]) -> str:
     return FAILS if larger["interval"][1] < smaller["interval"][0] else OPEN
 
 
-def commands(table: Table, reports: Reports) -> list[str]:
+def commands(table: Table, rows: Sequence[Row], reports: Reports) -> list[str]:
     """How the bundles are made and evaluated, and on which machine that was."""
     lines = [f"- `{command}`" for command in table.made_by]
-    for row in {row.report: row for row in table.rows}.values():
+    for row in {row.report: row for row in rows}.values():
         report = reports[row.report]
         where = NOT_RUN
         if report is not None:
@@ -200,9 +213,7 @@ def commands(table: Table, reports: Reports) -> list[str]:
         lines += [f"- `evaluate reproduction/{row.recipe}.toml --bundle {row.bundle} --keep-report`: {where}"]
     if table.paper_size:
         steps = ", ".join(f"`{command}`" for command in table.paper_size)
-        lines += [
-            f"- Near the paper's size, for a GPU, {NOT_RUN}: {steps}; the recipes of the evaluations are the same."
-        ]
+        lines += [f"- In the paper's size, for a GPU: {steps}; what was evaluated of it has rows above."]
     return lines
 
 

@@ -94,6 +94,22 @@ def test_the_page_has_the_papers_number_beside_ours(tmp_path: Path) -> None:
     assert len(columns) == 1
 
 
+def test_the_papers_size_has_a_row_once_it_was_evaluated(tmp_path: Path) -> None:
+    plain = table()
+    grown = plain.model_copy(
+        update={"rows": tuple(each.model_copy(update={"paper_bundle": "runs/big/1"}) for each in plain.rows)}
+    )
+    runs = runs_with_a_report(tmp_path)
+    assert "paper's size" not in page([grown], runs)
+    big = runs / "evaluations" / "big-1"
+    big.mkdir()
+    (big / "atop-7.json").write_text(json.dumps(report()))
+    text = page([grown], runs)
+    assert "| AToP (paper's size) | 90.00 | 90.0" in text
+    assert "--bundle runs/big/1" in text
+    assert "| other (paper's size)" not in text
+
+
 def test_every_evaluation_stands_once_with_command_seed_machine_and_commit(tmp_path: Path) -> None:
     text = page([table()], runs_with_a_report(tmp_path))
     assert text.count("`evaluate reproduction/atop-7.toml --bundle runs/b/1 --keep-report`") == 1
