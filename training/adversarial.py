@@ -8,16 +8,67 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.gradients import input_gradient
+from models.manifest import Fraction, Strict
 from training.attacks.pgd import Model, ascend, noisy_fgsm, pgd_linf
 from training.attacks.threats import Linf
-from training.config import AdversarialTraining, AvmixupTraining, NoisyFgsmTraining, PgdTraining, TradesTraining
+
+
+class NoisyFgsmTraining(Strict):
+    """Train on one FGSM step from uniform noise, without projection (N-FGSM, de Jorge et al., 2022)."""
+
+    method: Literal["n-fgsm"]
+    eps: PositiveFloat = 8 / 255
+    """Radius of the ball; here also the size of the step."""
+    noise: NonNegativeFloat = 2.0
+    """Half the width of the noise, in units of `eps`; with less than about 1 the training may collapse."""
+
+
+class PgdSteps(Strict):
+    """What attacks of several steps in the l-inf ball share."""
+
+    eps: PositiveFloat = 8 / 255
+    step_size: PositiveFloat = 2 / 255
+    steps: PositiveInt = 10
+
+
+class PgdTraining(PgdSteps):
+    """Train on PGD images (Madry et al., 2018)."""
+
+    method: Literal["pgd"]
+
+
+class TradesTraining(PgdSteps):
+    """Clean cross-entropy plus `beta` times the divergence that PGD reaches (TRADES, Zhang et al., 2019)."""
+
+    method: Literal["trades"]
+    step_size: PositiveFloat = 0.007
+    beta: PositiveFloat = 6.0
+
+
+class AvmixupTraining(PgdSteps):
+    """Train on mixtures of an image and its adversarial vertex (AVmixup, Lee et al., 2020)."""
+
+    method: Literal["avmixup"]
+    gamma: PositiveFloat = 2.0
+    """How far the vertex lies beyond the adversarial image."""
+    clean_share: Fraction = 1.0
+    """What the target of the clean end leaves on the true class; the rest is spread over the others."""
+    vertex_share: Fraction = 0.1
+    """The same for the vertex."""
+
+
+AdversarialTraining = Annotated[
+    NoisyFgsmTraining | PgdTraining | TradesTraining | AvmixupTraining, Field(discriminator="method")
+]
 
 TRADES_START = 0.001
 """Deviation of the noise that TRADES starts from: where both outputs are equal the divergence has no gradient."""

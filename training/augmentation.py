@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Annotated, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +23,69 @@ from kornia.enhance import (
 )
 from kornia.filters import gaussian_blur2d
 from kornia.geometry.transform import crop_and_resize
+from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 from torch import Tensor
 
-from training.config import Augmentation, Blur, Jitter
+from models.manifest import Fraction, Strict
+
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Jitter(Strict):
+    """Factors in 1 ± `brightness`, `contrast` and `saturation`, and a turn in ± `hue` of the color circle."""
+
+    brightness: Fraction
+    contrast: Fraction
+    saturation: Fraction
+    hue: Annotated[float, Field(ge=0, le=0.5)]
+    probability: PositiveFraction = 1.0
+
+
+class Blur(Strict):
+    """Gaussian blur of a standard deviation in `sigma`, in pixels."""
+
+    sigma: tuple[PositiveFloat, PositiveFloat]
+    probability: PositiveFraction = 1.0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.sigma[0] > self.sigma[1]:
+            raise ValueError("sigma is a smallest and a largest deviation, in this order")
+        return self
+
+
+class Solarize(Strict):
+    """Values at or above `threshold` inverted."""
+
+    threshold: Fraction = 0.5
+    probability: PositiveFraction = 1.0
+
+
+class Augmentation(Strict):
+    """Random changes of training images, made in this order, each drawn for each image."""
+
+    padding: NonNegativeInt = 4
+    """Pixels reflected on each side before a window of the image's size is cut out."""
+    crop_scale: tuple[PositiveFraction, PositiveFraction] | None = None
+    """Instead of `padding`: the smallest and the largest share of the area that a crop, then enlarged, has."""
+    flip: bool = True
+    """Mirror half of the images, left to right."""
+    jitter: Jitter | None = None
+    grey: Fraction = 0.0
+    """Share of the images that lose their colors."""
+    blur: Blur | None = None
+    solarize: Solarize | None = None
+    equalize: Fraction = 0.0
+    """Share of the images whose channels' histograms are flattened; images of less than 256 pixels stay as they are."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.crop_scale and self.padding:
+            raise ValueError("crop_scale and padding are two ways to crop: set padding to 0")
+        if self.crop_scale and self.crop_scale[0] > self.crop_scale[1]:
+            raise ValueError("crop_scale is a smallest and a largest share, in this order")
+        return self
+
 
 LARGEST_ASPECT = 4 / 3
 """Of a resized crop, width by height or height by width."""

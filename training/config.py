@@ -11,7 +11,6 @@ import torch
 from pydantic import (
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -20,12 +19,21 @@ from pydantic import (
 )
 
 from models.classifiers import ARCHITECTURES, Classifier
-from models.manifest import AidPreset, AidSpec, AnyInpainterSpec, AtopPreset, Strict, ZeroPurPreset, size_multiple
+from models.manifest import (
+    AidPreset,
+    AidSpec,
+    AnyInpainterSpec,
+    AtopPreset,
+    Fraction,
+    Strict,
+    ZeroPurPreset,
+    size_multiple,
+)
 from models.randomness import SEED_LIMIT
+from training.adversarial import AdversarialTraining
+from training.augmentation import Augmentation
 from training.budgets import BUDGETS, Budget, BudgetName, FurtherAttack
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 """Of a moving average: 1 would never move."""
 Seed = Annotated[int, Field(ge=0, lt=SEED_LIMIT)]
@@ -62,111 +70,6 @@ class Recipe(Strict):
     checkpoint_every_s: PositiveFloat = 60
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """What convolutions and products are computed in while training; weights and updates stay float32."""
-
-
-class Jitter(Strict):
-    """Factors in 1 ± `brightness`, `contrast` and `saturation`, and a turn in ± `hue` of the color circle."""
-
-    brightness: Fraction
-    contrast: Fraction
-    saturation: Fraction
-    hue: Annotated[float, Field(ge=0, le=0.5)]
-    probability: PositiveFraction = 1.0
-
-
-class Blur(Strict):
-    """Gaussian blur of a standard deviation in `sigma`, in pixels."""
-
-    sigma: tuple[PositiveFloat, PositiveFloat]
-    probability: PositiveFraction = 1.0
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.sigma[0] > self.sigma[1]:
-            raise ValueError("sigma is a smallest and a largest deviation, in this order")
-        return self
-
-
-class Solarize(Strict):
-    """Values at or above `threshold` inverted."""
-
-    threshold: Fraction = 0.5
-    probability: PositiveFraction = 1.0
-
-
-class Augmentation(Strict):
-    """Random changes of training images, made in this order, each drawn for each image."""
-
-    padding: NonNegativeInt = 4
-    """Pixels reflected on each side before a window of the image's size is cut out."""
-    crop_scale: tuple[PositiveFraction, PositiveFraction] | None = None
-    """Instead of `padding`: the smallest and the largest share of the area that a crop, then enlarged, has."""
-    flip: bool = True
-    """Mirror half of the images, left to right."""
-    jitter: Jitter | None = None
-    grey: Fraction = 0.0
-    """Share of the images that lose their colors."""
-    blur: Blur | None = None
-    solarize: Solarize | None = None
-    equalize: Fraction = 0.0
-    """Share of the images whose channels' histograms are flattened; images of less than 256 pixels stay as they are."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.crop_scale and self.padding:
-            raise ValueError("crop_scale and padding are two ways to crop: set padding to 0")
-        if self.crop_scale and self.crop_scale[0] > self.crop_scale[1]:
-            raise ValueError("crop_scale is a smallest and a largest share, in this order")
-        return self
-
-
-class NoisyFgsmTraining(Strict):
-    """Train on one FGSM step from uniform noise, without projection (N-FGSM, de Jorge et al., 2022)."""
-
-    method: Literal["n-fgsm"]
-    eps: PositiveFloat = 8 / 255
-    """Radius of the ball; here also the size of the step."""
-    noise: NonNegativeFloat = 2.0
-    """Half the width of the noise, in units of `eps`; with less than about 1 the training may collapse."""
-
-
-class PgdSteps(Strict):
-    """What attacks of several steps in the l-inf ball share."""
-
-    eps: PositiveFloat = 8 / 255
-    step_size: PositiveFloat = 2 / 255
-    steps: PositiveInt = 10
-
-
-class PgdTraining(PgdSteps):
-    """Train on PGD images (Madry et al., 2018)."""
-
-    method: Literal["pgd"]
-
-
-class TradesTraining(PgdSteps):
-    """Clean cross-entropy plus `beta` times the divergence that PGD reaches (TRADES, Zhang et al., 2019)."""
-
-    method: Literal["trades"]
-    step_size: PositiveFloat = 0.007
-    beta: PositiveFloat = 6.0
-
-
-class AvmixupTraining(PgdSteps):
-    """Train on mixtures of an image and its adversarial vertex (AVmixup, Lee et al., 2020)."""
-
-    method: Literal["avmixup"]
-    gamma: PositiveFloat = 2.0
-    """How far the vertex lies beyond the adversarial image."""
-    clean_share: Fraction = 1.0
-    """What the target of the clean end leaves on the true class; the rest is spread over the others."""
-    vertex_share: Fraction = 0.1
-    """The same for the vertex."""
-
-
-AdversarialTraining = Annotated[
-    NoisyFgsmTraining | PgdTraining | TradesTraining | AvmixupTraining, Field(discriminator="method")
-]
 
 
 class ClassifierRecipe(Recipe):

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from models.preprocessing import center_crop_resize, to_rgb
 from models.randomness import generator_for
-from training.augmentation import augment
-from training.config import Augmentation, DataRecipe
+from training.augmentation import Augmentation, augment
+from training.config import DataRecipe
 from training.folders import read_folder
 from training.formats import DataError as DataError
 from training.formats import Listing, read_cifar, read_svhn

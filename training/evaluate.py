@@ -36,6 +36,7 @@ from training.progress import Progress
 from training.provenance import hardware, library_versions
 from training.report import page
 from training.statistics import against_static, binomial, detection
+from training.unseen import curve_points
 
 COST_BATCH = 32
 COST_REPEATS = 5
@@ -101,7 +102,7 @@ def curves(evaluation: Evaluation, subject: Subject) -> dict[str, list[dict[str,
     found: dict[str, list[dict[str, Any]]] = {}
     if subject.name in evaluation.recipe.grey_box_only:
         return found
-    for axis, points in evaluation.planner().curves(subject).items():
+    for axis, points in curve_points(evaluation.planner(), subject).items():
         found[axis] = []
         with tqdm(total=len(points), desc=f"{subject.name} accuracy against {axis}", unit="point") as bar:
             for value, attack in points:

@@ -21,6 +21,7 @@ from training.data import ImageSet, in_batches
 from training.plan import Attack, Planner, Subject
 from training.progress import Progress
 from training.provenance import git_commit
+from training.unseen import requested, unseen
 
 
 @dataclass(frozen=True)
@@ -165,13 +166,20 @@ def head(data: ImageSet, count: int) -> ImageSet:
     return data.subset(torch.arange(min(count, len(data))))
 
 
+def every_level(planner: Planner, subject: Subject) -> list[Attack]:
+    """L1 to L6. Raises AssertionError if two attacks have one name, which would be one finding."""
+    found = [*planner.grey_box(subject), *planner.adaptive(subject), *unseen(planner, subject)]
+    assert len({attack.name for attack in found}) == len(found)
+    return found
+
+
 def planned(evaluation: Evaluation, subject: Subject) -> list[Attack]:
     """Every attack on a defense, on no more images than there are."""
     planner = evaluation.planner()
     only_grey = subject.name in evaluation.recipe.grey_box_only
-    attacks = planner.grey_box(subject) if only_grey else planner.attacks(subject)
+    attacks = planner.grey_box(subject) if only_grey else every_level(planner, subject)
     known = {attack.name for attack in attacks}
-    further = [planner.requested(subject, wanted) for wanted in evaluation.recipe.further]
+    further = [requested(planner, subject, wanted) for wanted in evaluation.recipe.further]
     if both := known & {attack.name for attack in further}:
         raise RecipeError(f"{', '.join(sorted(both))}: in `further`, and an attack of the budget")
     return [fitted(attack, len(evaluation.data)) for attack in (*attacks, *further)]

@@ -11,6 +11,7 @@ from training.attacks.gradients import through
 from training.attacks.looks import Looks
 from training.evaluation import Evaluation, clean_work, fitted, planned
 from training.plan import GROUPS, Subject
+from training.unseen import curve_points
 
 
 def forecast(evaluation: Evaluation, subjects: Sequence[Subject]) -> str:
@@ -26,7 +27,7 @@ def forecast(evaluation: Evaluation, subjects: Sequence[Subject]) -> str:
         times, seconds = unit_times(evaluation, behind_the_gate(evaluation, subject)), dict.fromkeys(levels, 0.0)
         count, draws = clean_work(evaluation, subject)
         seconds["L0"] = count * draws * times.answer
-        curved = {} if subject.name in evaluation.recipe.grey_box_only else evaluation.planner().curves(subject)
+        curved = {} if subject.name in evaluation.recipe.grey_box_only else curve_points(evaluation.planner(), subject)
         points = [attack for axis in curved.values() for _, attack in axis]
         for attack in [*planned(evaluation, subject), *(fitted(attack, len(evaluation.data)) for attack in points)]:
             work = attack.work

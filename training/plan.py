@@ -15,7 +15,7 @@ Levels L1 to L5 share one threat model, so the worst of them, image by image, is
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -33,9 +33,8 @@ from training import grey_box
 from training.attacks import by_autoattack, by_foolbox, gradients, unrolled
 from training.attacks.looks import Looks, Oracle, SameLook
 from training.attacks.pgd import Gradient, ascend
-from training.attacks.stadv import stadv
-from training.attacks.threats import L2, Linf, Threat
-from training.budgets import Budget, Effort, FurtherAttack
+from training.attacks.threats import Linf, Threat
+from training.budgets import Budget, Effort
 
 RELATIVE_STEP = 0.007 / (8 / 255)
 """Step of our attacks as a share of their budget: that of Lee & Kim (2023) at 8/255."""
@@ -43,11 +42,8 @@ SMOOTH_PASSES = 5
 """A gradient through unrolled steps costs about as much as so many purifications."""
 DLR_CLASSES = 3
 """The difference-of-logits ratio is not defined for fewer."""
-OTHER_BUDGETS = (0.5, 2.0)
-STADV_STEPS = 100
 TRANSFER_STEPS = 40
 SHARPNESS = 3.0
-THREATS: Mapping[str, type[Linf | L2]] = {"linf": Linf, "l2": L2}
 
 
 @dataclass(frozen=True)
@@ -343,119 +339,3 @@ class Planner:
 
         work, settings = Work(bare=TRANSFER_STEPS), {"steps": TRANSFER_STEPS, "digest": other.digest}
         return Attack(f"transfer_{name}", "L5", settings, effort.images, run, threat, work, shared=True)
-
-    def unseen(self, subject: Subject) -> list[Attack]:
-        """L6: threats that the defense was not made for; they stay out of the worst case."""
-        effort, defended = self.effort(subject), subject.defended
-        if not effort.unseen:
-            return []
-
-        def climb(name: str, threat: Threat, kind: type[Looks] = Looks) -> list[Attack]:
-            draws = self.draws(subject, effort.full_draws) if kind is Looks else 1
-            return self.climbs(
-                name,
-                "L6",
-                effort,
-                effort.full_steps,
-                lambda labels, looks: gradients.through(defended, labels, looks, draws=draws),
-                Work(looks=1),
-                threat=threat,
-                looks=kind,
-                draws=draws,
-            )
-
-        def chosen(numbers: Sequence[int]) -> list[int]:
-            return SameLook(derive_seed(self.seed, "attack", "known_seed"), numbers).next()
-
-        found = climb("l2", L2(grey_box.L2_EPS))
-        for factor in OTHER_BUDGETS:
-            found += climb(f"eps_times_{factor:g}", Linf(factor * self.eps))
-        if defended.is_random:
-            known = climb("known_seed", Linf(self.eps), SameLook)
-            found += [replace(attack, known_seeds=chosen) for attack in known]
-        return [*found, self.moved(subject, "stadv", effort.images, STADV_STEPS, effort.bpda_draws)]
-
-    def moved(self, subject: Subject, name: str, count: int, steps: int, draws: int) -> Attack:
-        """L6: pixels that move (StAdv), found on the whole defense."""
-        draws = self.draws(subject, draws)
-
-        def run(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
-            looks = Looks(derive_seed(self.seed, "stadv"), numbers)
-            return stadv(subject.defended, images, labels, looks, steps=steps, draws=draws)
-
-        settings = {"steps": steps, "draws": draws}
-        return Attack(name, "L6", settings, count, run, None, Work(looks=steps * draws))
-
-    def requested(self, subject: Subject, wanted: FurtherAttack) -> Attack:
-        """L6: an attack on the whole defense that a recipe spells out."""
-        defended, draws = subject.defended, self.draws(subject, wanted.draws)
-        if wanted.norm is None or wanted.eps is None:
-            return self.moved(subject, wanted.name, wanted.images, wanted.steps, wanted.draws)
-        threat = THREATS[wanted.norm](wanted.eps)
-        if wanted.attack == "rand":
-            return self.rand(subject, wanted, threat)
-        towards, look = {
-            "pgd": (gradients.through, Work(looks=1)),
-            "bpda": (gradients.around, Work(bare=1, answers=1)),
-        }[wanted.attack]
-        (attack,) = self.climbs(
-            wanted.name,
-            "L6",
-            self.effort(subject),
-            wanted.steps,
-            lambda labels, looks: towards(defended, labels, looks, draws=draws),
-            look,
-            threat=threat,
-            draws=draws,
-        )
-        kind = {"attack": wanted.attack, "norm": wanted.norm}
-        return replace(attack, images=wanted.images, settings={**attack.settings, **kind})
-
-    def rand(self, subject: Subject, wanted: FurtherAttack, threat: Linf | L2) -> Attack:
-        """AutoAttack `rand` on the whole defense."""
-        draws = self.draws(subject, wanted.draws)
-
-        def run(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
-            seed = derive_seed(self.seed, wanted.name, numbers[0])
-            oracle = Oracle(subject.defended, seed)
-            return by_autoattack.rand(
-                oracle, images, labels, threat, steps=wanted.steps, draws=draws, seed=seed % 2**31
-            )
-
-        settings = wanted.model_dump(include={"attack", "norm", "eps", "steps"}) | {"draws": draws}
-        work = Work(looks=2 * wanted.steps * draws)
-        return Attack(wanted.name, "L6", settings, wanted.images, run, threat, work)
-
-    def curves(self, subject: Subject) -> dict[str, list[tuple[float, Attack]]]:
-        """The full-gradient attack at several eps, and with several numbers of steps: value and attack."""
-        effort, defended = self.effort(subject), subject.defended
-        if not effort.curve_images:
-            return {}
-        draws = self.draws(subject, effort.full_draws)
-
-        def point(name: str, eps: float, steps: int) -> Attack:
-            (attack,) = self.climbs(
-                name,
-                "L6",
-                effort,
-                steps,
-                lambda labels, looks: gradients.through(defended, labels, looks, draws=draws),
-                Work(looks=1),
-                threat=Linf(eps),
-                draws=draws,
-            )
-            return replace(attack, images=effort.curve_images)
-
-        usual = max(1, effort.full_steps)
-        return {
-            "eps": [
-                (share * self.eps, point(f"curve_eps_{share:g}", share * self.eps, usual)) for share in effort.curve_eps
-            ],
-            "steps": [(steps, point(f"curve_steps_{steps}", self.eps, steps)) for steps in effort.curve_steps],
-        }
-
-    def attacks(self, subject: Subject) -> list[Attack]:
-        """All of them, level by level. Raises AssertionError if two have one name, which would be one finding."""
-        found = [*self.grey_box(subject), *self.adaptive(subject), *self.unseen(subject)]
-        assert len({attack.name for attack in found}) == len(found)
-        return found

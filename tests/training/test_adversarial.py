@@ -6,9 +6,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.fakes import smooth_classifier
-from training.adversarial import attack, avmixup, farthest, running_statistics_kept, smoothed, training_loss
+from training.adversarial import (
+    AdversarialTraining,
+    AvmixupTraining,
+    NoisyFgsmTraining,
+    PgdTraining,
+    TradesTraining,
+    attack,
+    avmixup,
+    farthest,
+    running_statistics_kept,
+    smoothed,
+    training_loss,
+)
 from training.attacks.threats import Linf, assert_in_budget
-from training.config import AdversarialTraining, AvmixupTraining, NoisyFgsmTraining, PgdTraining, TradesTraining
 
 EPS = 0.1
 METHODS: list[AdversarialTraining] = [

@@ -13,8 +13,8 @@ from torch import Tensor
 import training.augmentation
 from models.randomness import generator_for
 from tests.training.tiny import color_set
-from training.augmentation import augment
-from training.config import Augmentation, Blur, ClassifierRecipe, Jitter, Solarize, read_recipe
+from training.augmentation import Augmentation, Blur, Jitter, Solarize, augment
+from training.config import ClassifierRecipe, read_recipe
 from training.data import Batches
 
 RECIPES = Path(__file__).parents[2] / "training" / "recipes" / "cifar10"

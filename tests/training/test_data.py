@@ -21,7 +21,7 @@ from tests.training.tiny import (
     write_parquet,
     write_table,
 )
-from training.config import Augmentation
+from training.augmentation import Augmentation
 from training.data import Batches, DataError, ImageSet, in_batches, load_split, open_split, to_float
 
 pytestmark = pytest.mark.usefixtures("no_connections")

@@ -28,12 +28,13 @@ from training.budgets import BUDGETS, BudgetName, Effort, FurtherAttack
 from training.config import EvaluateRecipe, RecipeError
 from training.data import ImageSet
 from training.evaluate import Entry, aid_scores, cost, evaluate, measure, with_variants
-from training.evaluation import Evaluation, head
+from training.evaluation import Evaluation, every_level, head
 from training.forecast import behind_the_gate, forecast
 from training.plan import Planner, Subject
 from training.progress import Progress
 from training.report import below, table
 from training.statistics import against_static, auroc, binomial, detection
+from training.unseen import requested
 
 
 def recipe_with(**changes: Any) -> EvaluateRecipe:
@@ -161,7 +162,7 @@ def test_the_worst_case_is_what_withstood_every_attack_and_no_attack(finished: W
 
     entry = measure(evaluation, subject)
 
-    attacks = evaluation.planner().attacks(subject)
+    attacks = every_level(evaluation.planner(), subject)
     bar = tqdm(disable=True)
     survived = evaluation.clean(subject, 20, 1)[0][:6]
     for attack in attacks:
@@ -318,7 +319,7 @@ def test_detection_counts_what_scores_below_the_threshold() -> None:
 def names(bundle: Bundle, defense: str, **changes: Any) -> dict[str, set[str]]:
     recipe = recipe_with(**changes)
     planner = Planner(bundle.classifier, recipe.effort, recipe.eps, recipe.seed, {"other@1": bundle}, 3)
-    attacks = planner.attacks(Subject(defense, bundle.defended(defense)))
+    attacks = every_level(planner, Subject(defense, bundle.defended(defense)))
     assert len({attack.name for attack in attacks}) == len(attacks)
     return {level: {a.name for a in attacks if a.level == level} for level in ("L1", "L2", "L3", "L4", "L5", "L6")}
 
@@ -340,7 +341,7 @@ def test_a_chain_that_descends_and_draws_is_attacked_over_its_draws(finished: Wo
     bundle = load_bundle(finished.bundle)
     recipe = EvaluateRecipe.model_validate({**RECIPES["evaluate"], "budget": "quick"})
     planner = Planner(bundle.classifier, recipe.effort, recipe.eps, recipe.seed, {}, 3)
-    attacks = {a.name: a.settings for a in planner.attacks(Subject("atop,aid", bundle.defended("atop,aid")))}
+    attacks = {a.name: a.settings for a in every_level(planner, Subject("atop,aid", bundle.defended("atop,aid")))}
     assert attacks["full"]["draws"] == attacks["apgd_ce"]["draws"] == attacks["bpda"]["draws"] == 4
 
 
@@ -348,7 +349,7 @@ def test_a_chain_that_descends_and_draws_is_attacked_over_its_draws(finished: Wo
 def test_a_loss_that_two_classes_do_not_have_is_left_out(classes: int, known: set[str], finished: Workshop) -> None:
     bundle, recipe = load_bundle(finished.bundle), recipe_with()
     planner = Planner(bundle.classifier, recipe.effort, recipe.eps, recipe.seed, {}, classes)
-    attacks = planner.attacks(Subject("none", bundle.defended("none")))
+    attacks = every_level(planner, Subject("none", bundle.defended("none")))
     assert {attack.name for attack in attacks if attack.name.startswith("apgd")} == known
 
 
@@ -392,7 +393,7 @@ def test_an_attack_that_a_recipe_asks_for_does_what_it_says(wanted: dict[str, An
     bundle = load_bundle(finished.bundle)
     subject, images = Subject("atop", bundle.defended("atop")), torch.rand(3, 3, SIDE, SIDE) * 0.4 + 0.3
     planner = Planner(bundle.classifier, recipe_with().effort, 8 / 255, 0, {}, 3)
-    attack = planner.requested(subject, FurtherAttack.model_validate(wanted))
+    attack = requested(planner, subject, FurtherAttack.model_validate(wanted))
 
     changes = (attack.run(images, torch.tensor([0, 1, 2]), [0, 1, 2]) - images).flatten(1)
 
@@ -404,7 +405,7 @@ def test_an_attack_that_a_recipe_asks_for_does_what_it_says(wanted: dict[str, An
     reached = wanted["eps"] if wanted["attack"] == "rand" else 0.2 * wanted["eps"] * wanted["steps"]
     assert ((lengths > 0.9 * reached) & (lengths <= wanted["eps"] + 1e-5)).all()
     other = {**wanted, "attack": "pgd" if wanted["attack"] == "bpda" else "bpda"}
-    assert attack.settings != planner.requested(subject, FurtherAttack.model_validate(other)).settings
+    assert attack.settings != requested(planner, subject, FurtherAttack.model_validate(other)).settings
 
 
 @pytest.mark.parametrize(
@@ -477,7 +478,7 @@ def test_the_budgets_run_every_level_that_the_headline_is_over(name: BudgetName,
     for defense in ("atop", "aid", "zeropur"):
         recipe = EvaluateRecipe.model_validate({**RECIPES["evaluate"], "budget": name})
         planner = Planner(bundle.classifier, recipe.effort, recipe.eps, recipe.seed, {}, 3)
-        levels = {attack.level for attack in planner.attacks(Subject(defense, bundle.defended(defense)))}
+        levels = {attack.level for attack in every_level(planner, Subject(defense, bundle.defended(defense)))}
         # Of purifiers that add signs in a ball, BPDA is the exact gradient: there L3 is L2.
         assert levels >= {"L1", "L3", "L4", "L5"} | ({"L2"} if defense == "atop" else set())
 
