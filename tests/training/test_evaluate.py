@@ -122,9 +122,11 @@ def test_head_takes_the_first_images_or_all() -> None:
     assert len(head(data, 99)) == 6
 
 
-def test_the_cost_is_a_multiple_of_undefended_inference(finished: Workshop) -> None:
+def test_the_cost_is_a_multiple_of_undefended_inference(finished: Workshop, tmp_path: Path) -> None:
     bundle = load_bundle(finished.bundle)
-    assert cost(bundle, "zeropur") > 2  # it makes several passes forward and back
+    evaluation = evaluation_of(bundle, color_set(20), tmp_path)
+    defended = bundle.defended("zeropur")
+    assert cost(evaluation, Subject("zeropur", defended)) > 2  # it makes several passes forward and back
 
 
 # Attacks
