@@ -84,6 +84,17 @@ def test_the_page_says_what_the_report_says(finished: Workshop) -> None:
         assert name in outline.headings
 
 
+def test_a_defense_that_was_measured_grey_box_only_has_no_worst_case_to_believe(finished: Workshop) -> None:
+    report = report_of(finished)
+    reasons = ["no attack that knows the defense was run"]
+    unknown = {**report["defenses"]["zeropur"], "worst_case": None, "credible": False, "reasons": reasons}
+    unknown.pop("against_static")
+    text = page({**report, "defenses": {"zeropur:coarse": unknown}}, {}, {"clean": [0.5]})
+    assert "because no attack that knows them was run: zeropur:coarse." in text
+    assert "zeropur:coarse is not credible" not in text
+    assert '<td class="worst">not measured</td>' in text
+
+
 def test_text_from_a_bundle_cannot_become_markup(finished: Workshop) -> None:
     report = report_of(finished)
     report["recipe"]["bundle"] = "<b>bold</b>@1"
