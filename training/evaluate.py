@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from tqdm import tqdm
 
-from models import Bundle, load_bundle, write_report
+from models import load_bundle, write_report
 from models.files import replace_text
 from models.manifest import Manifest, ZeroPurPreset
 from models.randomness import derive_seed, generator_for
