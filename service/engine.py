@@ -90,12 +90,12 @@ class Engine:
         bundle = self._bundles[key.model]
         started = time.monotonic()
         purified: Tensor | None = None
-        ran: Sequence[str | None] = [None] * len(images)
+        ran: Sequence[str] | None = None
         stage_ms = dict[str, float]()
         if key.defense.startswith("auto") and key.operation is Operation.CLASSIFY:
             ran = bundle.ran(key.defense, images)
         if _is_purified_apart(key):
-            purified = _purify(bundle, key.defense, images, seeds, ran)
+            purified = bundle.purify(key.defense, images, seed=seeds, ran=ran)
             self._wait_for_device()
             stage_ms["purify"] = 1000 * (time.monotonic() - started)
             started = time.monotonic()
@@ -123,23 +123,15 @@ def _is_purified_apart(key: Key) -> bool:
     return key.operation is Operation.PURIFY
 
 
-def _purify(
-    bundle: LoadedBundle, defense: str, images: Tensor, seeds: Sequence[int], ran: Sequence[str | None]
-) -> Tensor:
-    """The purified images; the gate of `auto` is not asked again where it chose already."""
-    chosen = [chain for chain in ran if chain is not None]
-    return bundle.purify(defense, images, seed=seeds, ran=chosen or None)
-
-
 def _classify(
     bundle: LoadedBundle,
     key: Key,
     images: Tensor,
     purified: Tensor | None,
     seeds: Sequence[int],
-    ran: Sequence[str | None],
+    ran: Sequence[str] | None,
 ) -> list[Answer | ClarifierError]:
-    """`purified` is None where there is nothing to purify, or the bundle does it for each vote."""
+    """`purified` is None where there is nothing to purify, or the bundle does it for each vote; `ran` without `auto`."""
     if purified is None:
         probabilities = _on_host(bundle.probabilities(key.defense, images, votes=key.votes, seed=seeds))
     else:
@@ -151,7 +143,8 @@ def _classify(
         undefended = list(bare)
         if bundle.manifest.aid_threshold is not None:
             scores = _on_host(bundle.aid_score(images)).tolist()
-    answers = [Classified(*parts) for parts in zip(probabilities, undefended, scores, ran, strict=True)]
+    chains: Sequence[str | None] = ran or [None] * len(images)
+    answers = [Classified(*parts) for parts in zip(probabilities, undefended, scores, chains, strict=True)]
     return [answer if _is_finite(answer) else NotFinite() for answer in answers]
 
 

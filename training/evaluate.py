@@ -201,8 +201,9 @@ def evaluate(
     What was found is kept under `<runs>/evaluations/`, beside a copy of the report, and is not measured again.
 
     Raises BundleError for a bundle that cannot be loaded, UnknownDefense for a defense that it does not offer,
-    DataError for data of other classes or another size than the bundle's, and RecipeError for variants that make no
-    preset, and for further attacks that bear another's name, need more classes, or would be in the bundle's report.
+    DataError for data of other classes or another size than the bundle's, or too few classes for an attack, and
+    RecipeError for variants that make no preset, and for further attacks that bear another's name or would be in the
+    bundle's report.
     """
     if (recipe.zeropur_variants or recipe.further) and not keep_report:
         raise RecipeError("zeropur_variants and further attacks are not for a bundle's own report: use --keep-report")
@@ -300,7 +301,7 @@ def prepare(recipe: EvaluateRecipe, directory: Path, device: torch.device, runs:
             f"autoattack needs {AUTOATTACK_CLASSES} classes or more, and this bundle has {len(bundle.classes)}"
         )
     if any(attack.attack == "rand" for attack in recipe.further) and len(bundle.classes) < DLR_CLASSES:
-        raise RecipeError(f"AutoAttack rand needs {DLR_CLASSES} classes, and this bundle has {len(bundle.classes)}")
+        raise DataError(f"AutoAttack rand needs {DLR_CLASSES} classes, and this bundle has {len(bundle.classes)}")
     data = load_split(recipe.data, recipe.data.test_split)
     for other in (bundle, *others.values()):
         if data.classes != other.classes or tuple(data.images.shape[2:]) != other.input_size:

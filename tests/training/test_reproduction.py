@@ -6,26 +6,11 @@ from typing import Any
 
 import pytest
 
-from models.manifest import Strict
-from training.config import (
-    AidRecipe,
-    ClassifierRecipe,
-    EvaluateRecipe,
-    ExportRecipe,
-    FinetuneRecipe,
-    PretrainRecipe,
-    read_recipe,
-)
+from training.__main__ import RECIPES
+from training.config import EvaluateRecipe, read_recipe
 from training.reproduction import NOT_RUN, TABLES, Direction, Row, Table, cell, main, page, read_tables
 
-RECIPES = TABLES.parents[1]
-KINDS: dict[str, type[Strict]] = {
-    "train-classifier": ClassifierRecipe,
-    "pretrain-purifier": PretrainRecipe,
-    "finetune-atop": FinetuneRecipe,
-    "train-aid": AidRecipe,
-    "export": ExportRecipe,
-}
+FOLDER = TABLES.parents[1]
 
 
 OPEN_ORDER = "cannot be told apart (95.0, 90.0, 80.0, 80.0)"
@@ -37,7 +22,7 @@ def measured(accuracy: float) -> dict[str, Any]:
 
 def settings() -> dict[str, Any]:
     """What a report says of the recipe that it was measured by."""
-    recipe = read_recipe(RECIPES / "reproduction/atop-7.toml", EvaluateRecipe)
+    recipe = read_recipe(FOLDER / "reproduction/atop-7.toml", EvaluateRecipe)
     return recipe.model_dump(mode="json") | {"budget": recipe.effort.model_dump(mode="json")}
 
 
@@ -146,7 +131,7 @@ def test_what_a_report_does_not_have_was_not_run(defense: str, column: str) -> N
 def test_the_shipped_tables_name_recipes_that_measure_their_cells() -> None:
     for shipped in read_tables():
         for wanted in shipped.rows:
-            recipe = read_recipe(RECIPES / f"reproduction/{wanted.recipe}.toml", EvaluateRecipe)
+            recipe = read_recipe(FOLDER / f"reproduction/{wanted.recipe}.toml", EvaluateRecipe)
             assert wanted.recipe == recipe.name
             assert wanted.defense in {"none", *recipe.defenses, *recipe.grey_box_only}
             known = {"standard", *recipe.effort.grey_box, *(attack.name for attack in recipe.further)}
@@ -158,7 +143,7 @@ def test_the_shipped_tables_name_commands_and_recipes_that_are_there() -> None:
     assert made
     for command in made:
         name, path, *_ = command.split()
-        read_recipe(RECIPES / path, KINDS[name])
+        read_recipe(FOLDER / path, RECIPES[name])
 
 
 def test_a_row_must_have_a_number_for_every_column_and_a_direction_its_cells() -> None:

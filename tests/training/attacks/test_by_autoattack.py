@@ -10,6 +10,7 @@ from models.classifiers import Classifier
 from tests.fakes import linear_classifier, linear_problem, smooth_classifier
 from tests.networks import tiny_classifier
 from training.attacks.by_autoattack import apgd, autoattack, rand, square
+from training.attacks.gradients import margin
 from training.attacks.pgd import cross_entropy, pgd_linf
 from training.attacks.threats import L2, Linf, assert_in_budget
 
@@ -101,6 +102,17 @@ def test_rand_keeps_the_better_of_its_two_attacks() -> None:
     }
     assert not fooled["apgd-ce"].all()
     assert fooled["rand"].all()
+
+    smooth = smooth_classifier().requires_grad_(False)
+    images = torch.rand(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = smooth(images).argmax(1)
+    ce, dlr, both = (
+        margin(smooth, ATTACKS[name](smooth, images, labels, Linf(0.03)), labels)
+        for name in ("apgd-ce", "apgd-dlr", "rand")
+    )
+    assert (ce > dlr).any()
+    assert (dlr > ce).any()
+    torch.testing.assert_close(both, torch.maximum(ce, dlr))
 
 
 def test_two_classes_are_refused() -> None:
