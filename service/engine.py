@@ -131,7 +131,7 @@ def _classify(
     seeds: Sequence[int],
     ran: Sequence[str] | None,
 ) -> list[Answer | ClarifierError]:
-    """`purified` is None where there is nothing to purify, or the bundle does it for each vote; `ran` without `auto`."""
+    """`purified` is None where nothing is purified or each vote is; `ran` where the defense is not `auto`."""
     if purified is None:
         probabilities = _on_host(bundle.probabilities(key.defense, images, votes=key.votes, seed=seeds))
     else:
