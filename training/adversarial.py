@@ -16,9 +16,8 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from models.gradients import input_gradient
 from models.manifest import Fraction, Strict
-from training.attacks.pgd import Model, ascend, noisy_fgsm, pgd_linf
+from training.attacks.pgd import Model, ascend, differentiated, noisy_fgsm, pgd_linf
 from training.attacks.threats import Linf
 
 
@@ -121,11 +120,12 @@ def farthest(model: Model, images: Tensor, method: TradesTraining, generator: to
     with torch.no_grad():
         clean = model(images).softmax(1)
 
-    def gradient(moved: Tensor) -> Tensor:
-        return input_gradient(lambda x: F.kl_div(model(x).log_softmax(1), clean, reduction="none").sum(1), moved)
+    def divergence(moved: Tensor) -> Tensor:
+        return F.kl_div(model(moved).log_softmax(1), clean, reduction="none").sum(1)
 
     start = images + TRADES_START * torch.randn(images.shape, generator=generator).to(images.device)
-    return ascend(gradient, start, images, Linf(method.eps), steps=method.steps, step_size=method.step_size)
+    objective, threat = differentiated(divergence), Linf(method.eps)
+    return ascend(objective, start, images, threat, steps=method.steps, step_size=method.step_size)
 
 
 def avmixup(

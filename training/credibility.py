@@ -41,8 +41,7 @@ def gradient_health(
 ) -> list[str]:
     """Look at the gradient itself, on a few images (N, 3, H, W) that the defense labels right."""
     found = repeatability(defended, images, seed)
-    gradient = through(defended, labels, Looks(seed, range(len(images))), draws=DRAWS)
-    slope = gradient(images)
+    _, slope = through(defended, labels, Looks(seed, range(len(images))), draws=DRAWS)(images)
     free = (images > FREE[0]) & (images < FREE[1])
     zeros = float((slope[free] == 0).float().mean()) if free.any() else 0.0
     if not bool(slope.isfinite().all()):
@@ -94,8 +93,8 @@ def share_rising(defended: DefendedClassifier, images: Tensor, labels: Tensor, s
 
 def unbounded_accuracy(defended: DefendedClassifier, images: Tensor, labels: Tensor, seed: int) -> float:
     """Accuracy under PGD with eps = 1, which may make any image of any."""
-    gradient = through(defended, labels, Looks(seed, range(len(images))), draws=1)
-    moved = ascend(gradient, images, images, Linf(1.0), steps=LARGE_STEPS, step_size=0.2)
+    objective = through(defended, labels, Looks(seed, range(len(images))), draws=1)
+    moved = ascend(objective, images, images, Linf(1.0), steps=LARGE_STEPS, step_size=0.2)
     verdict = Looks(seed + 1, range(len(images))).next()
     with torch.no_grad():
         return float((defended.vote(moved, verdict, 0).argmax(1) == labels).float().mean())
@@ -158,8 +157,8 @@ def more_steps_help(
     """The loss that the full-gradient attack reaches must not fall when it may take four times as many steps."""
 
     def loss(steps: int) -> Tensor:
-        gradient = through(defended, labels, Looks(seed, range(len(images))), draws=1)
-        moved = ascend(gradient, images, images, Linf(eps), steps=steps, step_size=2 * eps / steps)
+        objective = through(defended, labels, Looks(seed, range(len(images))), draws=1)
+        moved = ascend(objective, images, images, Linf(eps), steps=steps, step_size=2 * eps / steps)
         with torch.no_grad():
             looks = Looks(seed + 1, range(len(images)))
             draws = DRAWS if defended.is_random else 1

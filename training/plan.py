@@ -32,7 +32,7 @@ from models.zeropur import ZeroPurPurifier
 from training import grey_box
 from training.attacks import by_autoattack, by_foolbox, gradients, unrolled
 from training.attacks.looks import Looks, Oracle, SameLook
-from training.attacks.pgd import Gradient, ascend
+from training.attacks.pgd import Objective, ascend
 from training.attacks.threats import Linf, Threat
 from training.budgets import Budget, Effort
 
@@ -111,7 +111,7 @@ class Attack:
     """The randomness of the verdict, where the attacker chose it; else nobody has seen it."""
 
 
-Gradients = Callable[[Tensor, Looks], Gradient]
+Objectives = Callable[[Tensor, Looks], Objective]
 """Labels and looks to what `ascend` climbs."""
 
 
@@ -198,7 +198,7 @@ class Planner:
         level: Level,
         effort: Effort,
         steps: int,
-        gradient: Gradients,
+        objective: Objectives,
         look: Work,
         *,
         threat: Threat | None = None,
@@ -206,7 +206,10 @@ class Planner:
         draws: int = 1,
         **settings: object,
     ) -> list[Attack]:
-        """Projected ascent from the image itself; nothing for no steps. `look` is the work of one gradient."""
+        """Projected ascent from the image itself; nothing for no steps. `look` is the work of one gradient.
+
+        It keeps the iterate of the highest objective, as Auto-PGD does, which takes one more look.
+        """
         threat = threat or Linf(self.eps)
         step_size = RELATIVE_STEP * threat.eps
 
@@ -214,11 +217,12 @@ class Planner:
             return looks(derive_seed(self.seed, "attack", name), numbers)
 
         def run(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
-            climbed = gradient(labels, seen(numbers))
-            return ascend(climbed, images, images, threat, steps=steps, step_size=step_size)
+            climbed = objective(labels, seen(numbers))
+            return ascend(climbed, images, images, threat, steps=steps, step_size=step_size, keep="highest")
 
-        times = steps * draws
-        known = {"steps": steps, "step_size": step_size, "eps": threat.eps, "draws": draws, **settings}
+        times = (steps + 1) * draws
+        known = {"steps": steps, "step_size": step_size, "eps": threat.eps, "draws": draws, "keep": "highest"}
+        known |= settings
         work = Work(look.bare * times, look.looks * times, 1 + (look.answers * times if not look.looks else 0))
         attack = Attack(name, level, known, effort.images, run, threat, work)
         return [attack] if steps else []

@@ -1,7 +1,7 @@
 """What an attacker climbs: gradients through a defense, around it, and of what the defense itself looks at.
 
-Each function here returns a `Gradient` for `ascend`. Where the defense draws, the gradient is the mean over several
-looks (EOT, Athalye et al., 2018): gradients are averaged, then the threat takes the sign.
+Each function here returns an `Objective` for `ascend`. Where the defense draws, it is the mean over several looks
+(EOT, Athalye et al., 2018): gradients are averaged, then the threat takes the sign.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from models.aid import Aid
 from models.blur import blur
 from models.classifiers import Classifier
 from models.defense import DefendedClassifier
-from models.gradients import input_gradient
 from models.manifest import BlurSpec
 from training.attacks.looks import Looks, seen
-from training.attacks.pgd import Gradient, Model, cross_entropy
+from training.attacks.pgd import Model, Objective, cross_entropy, differentiated
 
 Loss = Callable[[Model, Tensor, Tensor], Tensor]
 """Model, images (N, 3, H, W) and labels (N,) to what the attacker wants to be large, (N,)."""
@@ -35,55 +34,61 @@ def margin(model: Model, images: Tensor, labels: Tensor) -> Tensor:
 
 def through(
     defended: DefendedClassifier, labels: Tensor, looks: Looks, *, draws: int, loss: Loss = cross_entropy
-) -> Gradient:
+) -> Objective:
     """The exact gradient, backward through transform, purifier and classifier."""
 
-    def one_look(images: Tensor, seeds: list[int]) -> Tensor:
-        return input_gradient(lambda x: loss(seen(defended, seeds), x, labels), images)
+    def one_look(seeds: list[int]) -> Objective:
+        return differentiated(lambda x: loss(seen(defended, seeds), x, labels))
 
     return averaged(one_look, looks, draws if defended.is_random else 1)
 
 
 def around(
     defended: DefendedClassifier, labels: Tensor, looks: Looks, *, draws: int, loss: Loss = cross_entropy
-) -> Gradient:
+) -> Objective:
     """BPDA: the real purifier forward, the identity backward, so the classifier's gradient at the purified image."""
+    classified = differentiated(lambda x: loss(defended.classifier, x, labels))
 
-    def one_look(images: Tensor, seeds: list[int]) -> Tensor:
-        with torch.no_grad():
-            purified = defended.purify(images, seeds)
-        return input_gradient(lambda x: loss(defended.classifier, x, labels), purified)
+    def one_look(seeds: list[int]) -> Objective:
+        def at(images: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                purified = defended.purify(images, seeds)
+            return classified(purified)
+
+        return at
 
     return averaged(one_look, looks, draws if defended.is_random else 1)
 
 
-def averaged(one_look: Callable[[Tensor, list[int]], Tensor], looks: Looks, draws: int) -> Gradient:
-    """The mean of `draws` looks."""
+def averaged(one_look: Callable[[list[int]], Objective], looks: Looks, draws: int) -> Objective:
+    """The mean of `draws` looks, new ones at every step."""
 
-    def gradient(images: Tensor) -> Tensor:
-        return torch.stack([one_look(images, looks.next()) for _ in range(draws)]).mean(0)
+    def at(images: Tensor) -> tuple[Tensor, Tensor]:
+        values, gradients = zip(*(one_look(looks.next())(images) for _ in range(draws)), strict=True)
+        return torch.stack(values).mean(0), torch.stack(gradients).mean(0)
 
-    return gradient
+    return at
 
 
 def while_natural(
     passed: DefendedClassifier, aid: Aid, labels: Tensor, looks: Looks, *, weight: float, draws: int = 1
-) -> Gradient:
+) -> Objective:
     """The auxiliary-aware attack on AID: CE(f(x), y) + weight * log D(x): fool f while D sees a natural image.
 
     AID, App. E, after Shi et al. (2021). `passed` is what an image meets that AID finds natural: the bare classifier,
     as there, or the cheap chain behind a gate.
     """
     fooling = through(passed, labels, looks, draws=draws)
+    natural = differentiated(lambda x: weight * F.logsigmoid(aid.logits(x)))
 
-    def gradient(images: Tensor) -> Tensor:
-        natural = input_gradient(lambda x: F.logsigmoid(aid.logits(x)), images)
-        return fooling(images) + weight * natural
+    def at(images: Tensor) -> tuple[Tensor, Tensor]:
+        (loss, uphill), (liking, towards_natural) = fooling(images), natural(images)
+        return loss + liking, uphill + towards_natural
 
-    return gradient
+    return at
 
 
-def while_aligned(classifier: Classifier, spec: BlurSpec, labels: Tensor, *, weight: float) -> Gradient:
+def while_aligned(classifier: Classifier, spec: BlurSpec, labels: Tensor, *, weight: float) -> Objective:
     """The defense-aware attack on ZeroPur: CE(f(x), y) - weight * (1 - cos(z(x), z(B(x)))).
 
     An image whose embedding already agrees with that of its blurred copy leaves coarse shifting nothing to ascend.
@@ -95,13 +100,13 @@ def while_aligned(classifier: Classifier, spec: BlurSpec, labels: Tensor, *, wei
         agreement = F.cosine_similarity(classifier.embedding(images), classifier.embedding(blur(images, spec)))
         return cross_entropy(classifier, images, labels) - weight * (1 - agreement)
 
-    return lambda images: input_gradient(objective, images)
+    return differentiated(objective)
 
 
 def diverse(
-    gradient: Gradient, generator: torch.Generator, *, probability: float = 0.5, scale: float = 1.1
-) -> Gradient:
-    """DI2-FGSM (Xie et al., 2019): with `probability` the gradient is taken at a resized, zero-padded image.
+    objective: Objective, generator: torch.Generator, *, probability: float = 0.5, scale: float = 1.1
+) -> Objective:
+    """DI2-FGSM (Xie et al., 2019): with `probability` the objective is that of a resized, zero-padded image.
 
     The side is drawn between the image's own and `scale` times it, and padded to the latter; the gradient with
     respect to the original image comes back through padding and resizing.
@@ -118,11 +123,12 @@ def diverse(
         padded = F.pad(resized, (left, largest - size - left, top, largest - size - top))
         return F.interpolate(padded, size=(side, side), mode="nearest")
 
-    def through_the_transform(images: Tensor) -> Tensor:
+    def through_the_transform(images: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             images = images.detach().requires_grad_()
             seen = transformed(images)
-        (back,) = torch.autograd.grad(seen, images, grad_outputs=gradient(seen.detach()))
-        return back
+        value, gradient = objective(seen.detach())
+        (back,) = torch.autograd.grad(seen, images, grad_outputs=gradient)
+        return value, back
 
     return through_the_transform

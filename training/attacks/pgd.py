@@ -1,11 +1,12 @@
 """The one loop of projected gradient ascent, and the two attacks that training uses.
 
-`model` maps images in [0, 1] to logits. Whatever an attack maximizes comes in as the gradient of it.
+`model` maps images in [0, 1] to logits. Whatever an attack maximizes comes in as an `Objective`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +16,26 @@ from models.gradients import input_gradient
 from training.attacks.threats import Linf, Threat
 
 Model = Callable[[Tensor], Tensor]
-Gradient = Callable[[Tensor], Tensor]
-"""Of what the attacker wants to be large, with respect to the images (N, 3, H, W), image by image."""
+Objective = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""What the attacker wants to be large, at images (N, 3, H, W): its value, (N,), and its gradient, image by image."""
 
 
 def cross_entropy(model: Model, images: Tensor, labels: Tensor) -> Tensor:
     """The loss of every image, (N,); `labels` are classes (N,) or probabilities (N, K)."""
     return F.cross_entropy(model(images).float(), labels, reduction="none")
+
+
+def differentiated(function: Callable[[Tensor], Tensor]) -> Objective:
+    """The objective of a differentiable function of images to values (N,); no weight receives a gradient."""
+
+    def at(images: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            images = images.detach().requires_grad_()
+            values = function(images)
+            (gradient,) = torch.autograd.grad(values.sum(), images)
+        return values.detach(), gradient
+
+    return at
 
 
 def loss_gradient(model: Model, images: Tensor, labels: Tensor) -> Tensor:
@@ -30,13 +44,31 @@ def loss_gradient(model: Model, images: Tensor, labels: Tensor) -> Tensor:
 
 
 def ascend(
-    gradient: Gradient, start: Tensor, images: Tensor, threat: Threat, *, steps: int, step_size: float
+    objective: Objective,
+    start: Tensor,
+    images: Tensor,
+    threat: Threat,
+    *,
+    steps: int,
+    step_size: float,
+    keep: Literal["last", "highest"] = "last",
 ) -> Tensor:
-    """`steps` projected steps up the gradient, from `start`; the last iterate."""
-    moved = start
+    """`steps` projected steps up the gradient, from `start`.
+
+    Each image's last iterate, or that of its highest value: where gradients mislead, the last one is often not the
+    worst for the defense. To find the highest takes one more look, at the last iterate.
+    """
+    moved = best = start
+    highest = torch.full((len(start),), -torch.inf, device=start.device)
     for _ in range(steps):
-        moved = threat.project(threat.move(moved, gradient(moved), step_size), images)
-    return moved
+        value, gradient = objective(moved)
+        best = torch.where((value > highest).view(-1, 1, 1, 1), moved, best)
+        highest = torch.maximum(highest, value)
+        moved = threat.project(threat.move(moved, gradient, step_size), images)
+    if keep == "last":
+        return moved
+    value, _ = objective(moved)
+    return torch.where((value > highest).view(-1, 1, 1, 1), moved, best)
 
 
 def noisy_fgsm(
@@ -65,4 +97,5 @@ def pgd_linf(
     """Projected gradient ascent of the cross-entropy from a uniform random start (Madry et al., 2018)."""
     threat = Linf(eps)
     start = threat.start(images, generator)
-    return ascend(lambda x: loss_gradient(model, x, labels), start, images, threat, steps=steps, step_size=step_size)
+    objective = differentiated(lambda x: cross_entropy(model, x, labels))
+    return ascend(objective, start, images, threat, steps=steps, step_size=step_size)

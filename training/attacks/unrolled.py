@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from models.aid import AidPurifier
 from models.blur import blur
-from models.gradients import ball, input_gradient
+from models.gradients import ball
 from models.zeropur import ZeroPurPurifier, dot, l1_normalized
-from training.attacks.pgd import Gradient, Model, cross_entropy
+from training.attacks.pgd import Model, Objective, cross_entropy, differentiated
 from training.attacks.threats import TINY
 
 Sign = Callable[[Tensor], Tensor]
@@ -132,23 +132,27 @@ def slope(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     return gradient if keep else gradient.detach()
 
 
-def over_iterates(purifier: Descending, classifier: Model, labels: Tensor) -> Gradient:
-    """BPDA at every iterate, averaged (Croce et al., 2022): an early one often says more than the last."""
+def over_iterates(purifier: Descending, classifier: Model, labels: Tensor) -> Objective:
+    """BPDA at every iterate, averaged (Croce et al., 2022): an early one often says more than the last.
 
-    def gradient(images: Tensor) -> Tensor:
+    Its value is the loss at the last, which is what the defense answers.
+    """
+    classified = differentiated(lambda x: cross_entropy(classifier, x, labels))
+
+    def at(images: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             seen = iterates(purifier, images)
-        found = [input_gradient(lambda x: cross_entropy(classifier, x, labels), moved) for moved in seen]
-        return torch.stack(found).mean(0)
+        losses, gradients = zip(*(classified(moved) for moved in seen), strict=True)
+        return losses[-1], torch.stack(gradients).mean(0)
 
-    return gradient
+    return at
 
 
-def through_smooth_steps(purifier: Descending, classifier: Model, labels: Tensor, *, sharpness: float) -> Gradient:
+def through_smooth_steps(purifier: Descending, classifier: Model, labels: Tensor, *, sharpness: float) -> Objective:
     """The gradient through the whole unrolled purification with tanh in the place of every sign."""
 
     def objective(images: Tensor) -> Tensor:
         purified = iterates(purifier, images, smooth_sign(sharpness))[-1]
         return cross_entropy(classifier, purified, labels)
 
-    return lambda images: input_gradient(objective, images)
+    return differentiated(objective)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from tests.fakes import linear_problem
 from tests.networks import SIZE, tiny_aid, tiny_bundle, tiny_classifier
 from training.attacks.gradients import around, diverse, margin, through, while_aligned, while_natural
 from training.attacks.looks import Looks, Oracle, SameLook
-from training.attacks.pgd import Gradient, ascend, cross_entropy, loss_gradient
+from training.attacks.pgd import Objective, ascend, cross_entropy, differentiated, loss_gradient
 from training.attacks.threats import L2, Linf, assert_in_budget
 
 IMAGES = 0.2 + 0.6 * torch.rand(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
@@ -46,29 +45,33 @@ def plain_gradient(defended: DefendedClassifier, images: Tensor, labels: Tensor,
 def test_the_full_gradient_is_the_mean_of_exact_gradients_over_looks() -> None:
     defended, looks = noisy(), Looks(7, range(5))
 
-    gradient = through(defended, LABELS, Looks(7, range(5)), draws=3)(IMAGES)
+    value, gradient = through(defended, LABELS, Looks(7, range(5)), draws=3)(IMAGES)
 
-    expected = torch.stack([plain_gradient(defended, IMAGES, LABELS, looks.next()) for _ in range(3)]).mean(0)
+    seeds = [looks.next() for _ in range(3)]
+    losses = [F.cross_entropy(defended.vote(IMAGES, s, 0), LABELS, reduction="none") for s in seeds]
+    torch.testing.assert_close(value, torch.stack(losses).mean(0))
+    expected = torch.stack([plain_gradient(defended, IMAGES, LABELS, s) for s in seeds]).mean(0)
     torch.testing.assert_close(gradient, expected)
 
 
 def test_bpda_is_the_classifiers_gradient_at_the_purified_images() -> None:
     defended, looks = noisy(), Looks(7, range(5))
 
-    gradient = around(defended, LABELS, Looks(7, range(5)), draws=2)(IMAGES)
+    value, gradient = around(defended, LABELS, Looks(7, range(5)), draws=2)(IMAGES)
 
     purified = [defended.purify(IMAGES, looks.next()) for _ in range(2)]
     expected = torch.stack([loss_gradient(defended.classifier, images, LABELS) for images in purified]).mean(0)
     torch.testing.assert_close(gradient, expected)
-    exact = through(defended, LABELS, Looks(7, range(5)), draws=2)(IMAGES)
+    same_value, exact = through(defended, LABELS, Looks(7, range(5)), draws=2)(IMAGES)
     torch.testing.assert_close(exact, 0.5 * gradient)
+    torch.testing.assert_close(same_value, value)
 
 
 @pytest.mark.parametrize("way", [through, around])
-def test_every_step_looks_anew_and_a_deterministic_defense_once(way: Callable[..., Gradient]) -> None:
+def test_every_step_looks_anew_and_a_deterministic_defense_once(way: Callable[..., Objective]) -> None:
     looks = Looks(7, range(5))
-    gradient = way(noisy(), LABELS, looks, draws=4)
-    assert not torch.equal(gradient(IMAGES), gradient(IMAGES))
+    objective = way(noisy(), LABELS, looks, draws=4)
+    assert not torch.equal(objective(IMAGES)[1], objective(IMAGES)[1])
     assert looks.made == 8
 
     looks = Looks(7, range(5))
@@ -77,8 +80,8 @@ def test_every_step_looks_anew_and_a_deterministic_defense_once(way: Callable[..
 
 
 def test_an_image_is_attacked_alike_alone_and_among_others() -> None:
-    whole = through(noisy(), LABELS, Looks(7, range(5)), draws=2)(IMAGES)
-    alone = through(noisy(), LABELS[3:4], Looks(7, [3]), draws=2)(IMAGES[3:4])
+    _, whole = through(noisy(), LABELS, Looks(7, range(5)), draws=2)(IMAGES)
+    _, alone = through(noisy(), LABELS[3:4], Looks(7, [3]), draws=2)(IMAGES[3:4])
     torch.testing.assert_close(alone, whole[3:4])
 
 
@@ -104,7 +107,7 @@ def test_an_oracle_answers_as_the_defense_does_and_draws_anew() -> None:
 @pytest.mark.parametrize("way", [through, around])
 @pytest.mark.parametrize("norm", [Linf, L2])
 def test_attacks_through_a_defense_fool_just_outside_the_margin_and_never_inside(
-    way: Callable[..., Gradient], norm: type[Linf] | type[L2]
+    way: Callable[..., Objective], norm: type[Linf] | type[L2]
 ) -> None:
     problem = linear_problem()
     classifier = problem.classifier.requires_grad_(False)
@@ -114,8 +117,8 @@ def test_attacks_through_a_defense_fool_just_outside_the_margin_and_never_inside
     defended = DefendedClassifier(classifier, [])
 
     def fooled(eps: float) -> list[bool]:
-        gradient = way(defended, problem.labels, Looks(0, range(8)), draws=1)
-        moved = ascend(gradient, problem.images, problem.images, norm(eps), steps=20, step_size=eps / 4)
+        objective = way(defended, problem.labels, Looks(0, range(8)), draws=1)
+        moved = ascend(objective, problem.images, problem.images, norm(eps), steps=20, step_size=eps / 4)
         assert_in_budget(moved, problem.images, norm(eps), "the attack")
         labels: list[int] = classifier(moved).argmax(1).tolist()
         return [label != right for label, right in zip(labels, problem.labels.tolist(), strict=True)]
@@ -135,11 +138,12 @@ def test_the_margin_is_the_best_wrong_logit_minus_the_right_one() -> None:
 def test_the_attack_on_aid_adds_the_log_of_the_score() -> None:
     aid = tiny_aid(tiny_classifier())
     images = IMAGES.clone().requires_grad_()
-    objective = F.cross_entropy(aid.classifier(images), LABELS, reduction="sum") + 3 * aid(images).log().sum()
-    (expected,) = torch.autograd.grad(objective, images)
+    wanted = F.cross_entropy(aid.classifier(images), LABELS, reduction="none") + 3 * aid(images).log()
+    (expected,) = torch.autograd.grad(wanted.sum(), images)
     passed = DefendedClassifier(aid.classifier, [])
-    gradient = while_natural(passed, aid, LABELS, Looks(0, range(5)), weight=3.0)
-    torch.testing.assert_close(gradient(IMAGES), expected)
+    value, gradient = while_natural(passed, aid, LABELS, Looks(0, range(5)), weight=3.0)(IMAGES)
+    torch.testing.assert_close(gradient, expected)
+    torch.testing.assert_close(value, wanted.detach())
 
 
 def test_the_attack_on_aid_looks_more_natural_than_one_that_does_not_care() -> None:
@@ -147,8 +151,8 @@ def test_the_attack_on_aid_looks_more_natural_than_one_that_does_not_care() -> N
     scores = []
     for weight in (0.0, 10.0):
         passed = DefendedClassifier(aid.classifier, [])
-        gradient = while_natural(passed, aid, LABELS, Looks(0, range(5)), weight=weight)
-        moved = ascend(gradient, IMAGES, IMAGES, threat, steps=10, step_size=0.01)
+        objective = while_natural(passed, aid, LABELS, Looks(0, range(5)), weight=weight)
+        moved = ascend(objective, IMAGES, IMAGES, threat, steps=10, step_size=0.01)
         assert_in_budget(moved, IMAGES, threat, "the attack")
         scores.append(aid.logits(moved))
     assert (scores[1] > scores[0]).all()
@@ -159,27 +163,28 @@ def test_the_attack_on_zeropur_agrees_with_its_blurred_copy_more_than_one_that_d
     classifier, spec, threat = tiny_classifier(), BlurSpec.model_validate({"kind": kind, "size": 3}), Linf(0.05)
     agreements = []
     for weight in (0.0, 100.0):
-        gradient = while_aligned(classifier, spec, LABELS, weight=weight)
-        moved = ascend(gradient, IMAGES, IMAGES, threat, steps=10, step_size=0.01)
+        objective = while_aligned(classifier, spec, LABELS, weight=weight)
+        moved = ascend(objective, IMAGES, IMAGES, threat, steps=10, step_size=0.01)
         agreements.append(F.cosine_similarity(classifier.embedding(moved), classifier.embedding(blur(moved, spec))))
     assert (agreements[1] > agreements[0]).all()
 
 
 def test_diverse_inputs_are_a_resized_padded_image_through_which_the_gradient_comes_back() -> None:
     classifier = tiny_classifier()
-    plain = partial(loss_gradient, classifier, labels=LABELS)
+    plain = differentiated(lambda x: cross_entropy(classifier, x, LABELS))
     generator = torch.Generator().manual_seed(0)
 
-    assert torch.equal(diverse(plain, generator, probability=0.0)(IMAGES), plain(IMAGES))
+    assert torch.equal(diverse(plain, generator, probability=0.0)(IMAGES)[1], plain(IMAGES)[1])
     looked_at = list[Tensor]()
     for draw in range(20):
         there = torch.randn(IMAGES.shape, generator=torch.Generator().manual_seed(draw))
 
-        def gradient(images: Tensor, there: Tensor = there) -> Tensor:
+        def objective(images: Tensor, there: Tensor = there) -> tuple[Tensor, Tensor]:
             looked_at.append(images)
-            return there
+            return images.flatten(1).sum(1), there
 
-        back = diverse(gradient, generator, probability=1.0)(IMAGES)
+        value, back = diverse(objective, generator, probability=1.0)(IMAGES)
+        torch.testing.assert_close(value, looked_at[-1].flatten(1).sum(1))
         # Resizing and padding are linear, so the way back is their adjoint.
         seen_there, felt_here = ((a * b).flatten(1).sum(1) for a, b in ((looked_at[-1], there), (IMAGES, back)))
         torch.testing.assert_close(seen_there, felt_here, rtol=1e-4, atol=1e-4)
@@ -192,8 +197,8 @@ def test_attacks_through_every_shipped_kind_of_defense_raise_the_loss() -> None:
     bundle = tiny_bundle()
     for defense in ("atop:rt1", "atop:rt2", "atop:rt3", "aid", "zeropur", "atop,aid"):
         defended = bundle.defended(defense)
-        gradient = through(defended, LABELS, Looks(0, range(5)), draws=2)
-        moved = ascend(gradient, IMAGES, IMAGES, Linf(0.1), steps=5, step_size=0.04)
+        objective = through(defended, LABELS, Looks(0, range(5)), draws=2)
+        moved = ascend(objective, IMAGES, IMAGES, Linf(0.1), steps=5, step_size=0.04)
         verdict = Looks(99, range(5)).next()
         with torch.no_grad():
             before, after = (cross_entropy(lambda x: defended.vote(x, verdict, 0), x, LABELS) for x in (IMAGES, moved))  # noqa: B023

@@ -16,7 +16,8 @@ from training.attacks.by_foolbox import (
     foolbox_pgd,
     foolbox_pgd_l2,
 )
-from training.attacks.pgd import Model, loss_gradient, noisy_fgsm, pgd_linf
+from training.attacks.pgd import Model, ascend, loss_gradient, noisy_fgsm, pgd_linf
+from training.attacks.threats import Linf
 
 
 def generator() -> torch.Generator:
@@ -172,3 +173,34 @@ def test_l2_attacks_fool_near_the_margin_in_their_norm() -> None:
     lengths = (unbounded - problem.images).flatten(1).norm(dim=1)
     assert (lengths > distance).all()
     assert (lengths < 1.5 * distance).all()
+
+
+def test_each_image_keeps_its_last_iterate_or_that_of_its_highest_value() -> None:
+    """One image climbs all the way; the other is led downhill, beyond the top at 0.5."""
+    images = torch.tensor([0.2, 0.4]).view(2, 1, 1, 1).expand(2, 3, 1, 1)
+    tops, asked = torch.tensor([1.0, 0.5]).view(2, 1, 1, 1), list[Tensor]()
+
+    def misleading(images: Tensor) -> tuple[Tensor, Tensor]:
+        asked.append(images)
+        return -(images - tops).abs().sum((1, 2, 3)), torch.ones_like(images)
+
+    last, highest = (
+        ascend(misleading, images, images, Linf(0.4), steps=4, step_size=0.1, keep=keep) for keep in ("last", "highest")
+    )
+    torch.testing.assert_close(last[:, 0, 0, 0], torch.tensor([0.6, 0.8]))
+    torch.testing.assert_close(highest[:, 0, 0, 0], torch.tensor([0.6, 0.5]))
+    assert len(asked) == 4 + 5  # the highest is only known after a look at the last
+
+
+def test_where_no_value_is_a_number_the_start_is_kept() -> None:
+    images = torch.rand(2, 3, 4, 4, generator=generator())
+    moved = ascend(
+        lambda x: (torch.full((2,), torch.nan), torch.ones_like(x)),
+        images,
+        images,
+        Linf(0.1),
+        steps=2,
+        step_size=0.05,
+        keep="highest",
+    )
+    assert torch.equal(moved, images)

@@ -75,12 +75,13 @@ def test_the_smooth_gradient_is_that_of_the_whole_unrolled_purification(name: st
     purifier = fresh[name].double()
     classifier = tiny_classifier().double()
     images = IMAGES.double()
-    gradient = through_smooth_steps(purifier, classifier, LABELS, sharpness=2.0)(images)
+    value, gradient = through_smooth_steps(purifier, classifier, LABELS, sharpness=2.0)(images)
 
     def loss(images: Tensor) -> Tensor:
         purified = iterates(purifier, images, smooth_sign(2.0), checkpointed=False)[-1].detach()
         return F.cross_entropy(classifier(purified), LABELS, reduction="none")
 
+    torch.testing.assert_close(value.double(), loss(images), rtol=1e-5, atol=1e-5)
     direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     h = 1e-6
     slopes = (loss(images + h * direction) - loss(images - h * direction)) / (2 * h)
@@ -89,8 +90,10 @@ def test_the_smooth_gradient_is_that_of_the_whole_unrolled_purification(name: st
 
 def test_over_iterates_is_the_mean_of_bpda_at_each() -> None:
     purifier, classifier = aid_purifier(), tiny_classifier()
-    expected = torch.stack([loss_gradient(classifier, x, LABELS) for x in iterates(purifier, IMAGES)]).mean(0)
-    torch.testing.assert_close(over_iterates(purifier, classifier, LABELS)(IMAGES), expected)
+    seen = iterates(purifier, IMAGES)
+    value, gradient = over_iterates(purifier, classifier, LABELS)(IMAGES)
+    torch.testing.assert_close(gradient, torch.stack([loss_gradient(classifier, x, LABELS) for x in seen]).mean(0))
+    torch.testing.assert_close(value, cross_entropy(classifier, seen[-1], LABELS).detach())
 
 
 @pytest.mark.parametrize("purifier", [aid_purifier(), zeropur()], ids=["aid", "zeropur"])
@@ -100,11 +103,11 @@ def test_both_attacks_raise_the_loss_behind_the_real_purifier(purifier: Descendi
     def loss(images: Tensor) -> float:
         return cross_entropy(classifier, purifier(images, range(4)), LABELS).mean().item()
 
-    for gradient in (
+    for objective in (
         over_iterates(purifier, classifier, LABELS),
         through_smooth_steps(purifier, classifier, LABELS, sharpness=3.0),
     ):
-        moved = ascend(gradient, IMAGES, IMAGES, threat, steps=5, step_size=0.02)
+        moved = ascend(objective, IMAGES, IMAGES, threat, steps=5, step_size=0.02)
         assert_in_budget(moved, IMAGES, threat, "the attack")
         assert loss(moved) > loss(IMAGES)
 
