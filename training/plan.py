@@ -259,6 +259,8 @@ class Planner:
                     Work(looks=1),
                     looks=SameLook,
                 )
+            if isinstance(purifier, GatePurifier):
+                found += self.past(purifier, effort)
             for weight in effort.aware_weights:
                 found += self.aware(purifier, weight, effort)
         if len(subject.purifiers) == 1 and isinstance(subject.purifiers[0], AidPurifier | ZeroPurPurifier):
@@ -268,20 +270,15 @@ class Planner:
     def aware(self, purifier: nn.Module, weight: float, effort: Effort) -> list[Attack]:
         """Attacks that fool the classifier while the defense sees nothing to do."""
         steps = effort.aware_steps
-        if isinstance(purifier, AidPurifier | GatePurifier):  # an image that looks natural passes the gate
+        if isinstance(purifier, AidPurifier):
             aid = purifier.aid
-            cheap = list(purifier.cheap) if isinstance(purifier, GatePurifier) else list[nn.Module]()
-            passed = DefendedClassifier(self.classifier, cheap)  # type: ignore[arg-type]
             return self.climbs(
                 f"aware_aid_{weight:g}",
                 "L4",
                 effort,
                 steps,
-                lambda labels, looks: gradients.while_natural(
-                    passed, aid, labels, looks, weight=weight, draws=effort.full_draws
-                ),
+                lambda labels, looks: gradients.while_natural(aid, labels, weight=weight),
                 Work(bare=2, answers=0),
-                draws=effort.full_draws if passed.is_random else 1,
             )
         if isinstance(purifier, ZeroPurPurifier):
             spec = purifier.preset.blur
@@ -294,6 +291,20 @@ class Planner:
                 Work(bare=3, answers=0),
             )
         return []
+
+    def past(self, gate: GatePurifier, effort: Effort) -> list[Attack]:
+        """An image that AID finds natural passes the gate, and meets the cheap chain alone."""
+        passed = DefendedClassifier(self.classifier, list(gate.cheap))  # type: ignore[arg-type]
+        draws = effort.full_draws if passed.is_random else 1
+        return self.climbs(
+            "past_gate",
+            "L4",
+            effort,
+            effort.aware_steps,
+            lambda labels, looks: gradients.past_the_gate(gate, passed, labels, looks, draws=draws),
+            Work(bare=2, answers=0),
+            draws=draws,
+        )
 
     def unrolled(self, purifier: unrolled.Descending, effort: Effort) -> list[Attack]:
         """Attacks on the steps of a purifier that descends; none where its preset cannot be unrolled."""

@@ -336,7 +336,7 @@ def test_every_kind_of_defense_meets_the_attacks_that_are_made_for_it(finished: 
     assert names(bundle, "zeropur")["L4"] == {"aware_zeropur_1", *steps}
     assert names(bundle, "aid,zeropur")["L4"] == {"aware_aid_1", "aware_zeropur_1"}
     assert names(bundle, "atop,aid")["L4"] == {"fixed_look", "aware_aid_1"}
-    assert names(bundle, "auto")["L4"] == {"aware_aid_1"}
+    assert names(bundle, "auto")["L4"] == {"past_gate"}
 
 
 def test_a_chain_that_descends_and_draws_is_attacked_over_its_draws(finished: Workshop) -> None:

@@ -6,6 +6,7 @@ Each function here returns an `Objective` for `ascend`. Where the defense draws,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,7 @@ from models.aid import Aid
 from models.blur import blur
 from models.classifiers import Classifier
 from models.defense import DefendedClassifier
+from models.gate import GatePurifier
 from models.manifest import BlurSpec
 from training.attacks.looks import Looks, seen
 from training.attacks.pgd import Model, Objective, cross_entropy, differentiated
@@ -70,20 +72,29 @@ def averaged(one_look: Callable[[list[int]], Objective], looks: Looks, draws: in
     return at
 
 
-def while_natural(
-    passed: DefendedClassifier, aid: Aid, labels: Tensor, looks: Looks, *, weight: float, draws: int = 1
-) -> Objective:
+def while_natural(aid: Aid, labels: Tensor, *, weight: float) -> Objective:
     """The auxiliary-aware attack on AID: CE(f(x), y) + weight * log D(x): fool f while D sees a natural image.
 
-    AID, App. E, after Shi et al. (2021). `passed` is what an image meets that AID finds natural: the bare classifier,
-    as there, or the cheap chain behind a gate.
+    AID, App. E, after Shi et al. (2021).
     """
-    fooling = through(passed, labels, looks, draws=draws)
-    natural = differentiated(lambda x: weight * F.logsigmoid(aid.logits(x)))
+    return differentiated(lambda x: cross_entropy(aid.classifier, x, labels) + weight * F.logsigmoid(aid.logits(x)))
+
+
+def past_the_gate(
+    gate: GatePurifier, passed: DefendedClassifier, labels: Tensor, looks: Looks, *, draws: int
+) -> Objective:
+    """The attack on `auto`, which meets two ends at once: AID lets an image pass, and what it then meets is wrong.
+
+    The objective is the lesser of their margins, in logits, so each step is for the end that is farther off, and it is
+    positive where both are met (selective PGD, Bryniarski et al., 2022). `passed` is the cheap chain.
+    """
+    fooling = through(passed, labels, looks, draws=draws, loss=margin)
+    threshold = math.log(gate.threshold) - math.log1p(-gate.threshold)
+    passing = differentiated(lambda x: gate.aid.logits(x) - threshold)
 
     def at(images: Tensor) -> tuple[Tensor, Tensor]:
-        (loss, uphill), (liking, towards_natural) = fooling(images), natural(images)
-        return loss + liking, uphill + towards_natural
+        (wrong, to_fool), (natural, to_pass) = fooling(images), passing(images)
+        return torch.minimum(wrong, natural), torch.where((wrong < natural).view(-1, 1, 1, 1), to_fool, to_pass)
 
     return at
 

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from models.blur import blur
 from models.defense import DefendedClassifier
+from models.gate import GatePurifier
 from models.manifest import BlurSpec
 from models.randomness import normal
 from tests.fakes import linear_problem
 from tests.networks import SIZE, tiny_aid, tiny_bundle, tiny_classifier
-from training.attacks.gradients import around, diverse, margin, through, while_aligned, while_natural
+from training.attacks.gradients import around, diverse, margin, past_the_gate, through, while_aligned, while_natural
 from training.attacks.looks import Looks, Oracle, SameLook
 from training.attacks.pgd import Objective, ascend, cross_entropy, differentiated, loss_gradient
 from training.attacks.threats import L2, Linf, assert_in_budget
@@ -140,8 +141,7 @@ def test_the_attack_on_aid_adds_the_log_of_the_score() -> None:
     images = IMAGES.clone().requires_grad_()
     wanted = F.cross_entropy(aid.classifier(images), LABELS, reduction="none") + 3 * aid(images).log()
     (expected,) = torch.autograd.grad(wanted.sum(), images)
-    passed = DefendedClassifier(aid.classifier, [])
-    value, gradient = while_natural(passed, aid, LABELS, Looks(0, range(5)), weight=3.0)(IMAGES)
+    value, gradient = while_natural(aid, LABELS, weight=3.0)(IMAGES)
     torch.testing.assert_close(gradient, expected)
     torch.testing.assert_close(value, wanted.detach())
 
@@ -150,12 +150,67 @@ def test_the_attack_on_aid_looks_more_natural_than_one_that_does_not_care() -> N
     aid, threat = tiny_aid(tiny_classifier()), Linf(0.05)
     scores = []
     for weight in (0.0, 10.0):
-        passed = DefendedClassifier(aid.classifier, [])
-        objective = while_natural(passed, aid, LABELS, Looks(0, range(5)), weight=weight)
+        objective = while_natural(aid, LABELS, weight=weight)
         moved = ascend(objective, IMAGES, IMAGES, threat, steps=10, step_size=0.01)
         assert_in_budget(moved, IMAGES, threat, "the attack")
         scores.append(aid.logits(moved))
     assert (scores[1] > scores[0]).all()
+
+
+def test_the_attack_on_the_gate_climbs_the_end_that_is_farther_off() -> None:
+    aid = tiny_aid(tiny_classifier())
+    passed = DefendedClassifier(aid.classifier, [])
+    logits, wrong = aid.logits(IMAGES), margin(aid.classifier, IMAGES, LABELS)
+    # A threshold at which some images lack more to pass, and others more to be misclassified.
+    threshold = float((logits - wrong).sort().values[1:3].mean().sigmoid())
+    gate = GatePurifier(aid, threshold, cheap=[], strong=[Noise()])
+
+    value, gradient = past_the_gate(gate, passed, LABELS, Looks(0, range(5)), draws=1)(IMAGES)
+
+    natural = logits - torch.tensor(threshold).logit()
+    torch.testing.assert_close(value, torch.minimum(wrong, natural))
+    to_pass = differentiated(aid.logits)(IMAGES)[1]
+    to_fool = differentiated(lambda x: margin(aid.classifier, x, LABELS))(IMAGES)[1]
+    assert 0 < int((wrong < natural).sum()) < 5
+    for index, fooling_first in enumerate((wrong < natural).tolist()):
+        torch.testing.assert_close(gradient[index], (to_fool if fooling_first else to_pass)[index])
+
+
+class LinearScore(nn.Module):
+    """In the place of AID: a logit that rises along one random direction, and is -1 at every one of `images`."""
+
+    def __init__(self, images: Tensor) -> None:
+        super().__init__()
+        self.images = images
+        self.direction = torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(5))
+
+    def logits(self, images: Tensor) -> Tensor:
+        return ((images - self.images) * self.direction).sum((1, 2, 3)) - 1
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.logits(images).sigmoid()
+
+
+def test_the_attack_on_the_gate_gets_images_past_it_that_are_wrong_behind() -> None:
+    problem, threat = linear_problem(), Linf(0.15)
+    gate = GatePurifier(LinearScore(problem.images), 0.5, cheap=[], strong=[])  # type: ignore[arg-type]
+    passed = DefendedClassifier(problem.classifier, [])
+    looks = Looks(0, range(8))
+
+    moved = ascend(
+        past_the_gate(gate, passed, problem.labels, looks, draws=1),
+        problem.images,
+        problem.images,
+        threat,
+        steps=40,
+        step_size=0.01,
+        keep="highest",
+    )
+
+    assert_in_budget(moved, problem.images, threat, "the attack")
+    assert gate.suspects(problem.images).all()
+    assert not gate.suspects(moved).any()
+    assert (problem.classifier(moved).argmax(1) != problem.labels).all()
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "median"])
