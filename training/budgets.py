@@ -121,8 +121,8 @@ BUDGETS: dict[BudgetName, Budget] = {
             apgd_draws=1,
             square_queries=10,
             aware_steps=20,
-            iterate_steps=5,
-            smooth_steps=2,
+            iterate_steps=3,
+            smooth_steps=1,
         ),
     ),
     "standard": Budget(

@@ -121,36 +121,32 @@ def doubts(
     clean: Tensor,
     count: int,
 ) -> list[str]:
-    """Why a robust accuracy is not to be believed; found once, then known."""
+    """Why a robust accuracy is not to be believed; found once, then known. `clean` are all clean images asked about."""
+    began = time.monotonic()
+    few_enough = COSTLY_HEALTH_IMAGES if subject.descends else HEALTH_IMAGES
     of = {
         **evaluation.identity,
         **evaluation.chain(subject.name),
+        "health": {"images": few_enough, "steps": HEALTH_STEPS},
         "doubts": {name: [levels[name], values[:count].int().tolist()] for name, values in right.items()},
-        "clean": clean[:count].int().tolist(),
+        "clean": clean.int().tolist(),
     }
     found = evaluation.progress.find(of)
     if found is None:
-        _, images, labels = next(evaluation.batches(count))
-        seed = derive_seed(evaluation.recipe.seed, "health")
-        few_enough = COSTLY_HEALTH_IMAGES if subject.descends else HEALTH_IMAGES
-        correct = clean[: len(labels)].nonzero().flatten()[:few_enough].to(images.device)
-        reasons = list[str]()
-        if len(correct):
-            few = images[correct], labels[correct]
-            classes = len(evaluation.bundle.classes)
-            reasons += credibility.gradient_health(subject.defended, *few, classes=classes, seed=seed)
-            eps = evaluation.recipe.eps
-            reasons += credibility.more_steps_help(subject.defended, *few, eps=eps, seed=seed, steps=HEALTH_STEPS)
+        seed, eps = derive_seed(evaluation.recipe.seed, "health"), evaluation.recipe.eps
+        few = evaluation.chosen(clean.nonzero().flatten()[:few_enough])
+        classes = len(evaluation.bundle.classes)
+        reasons = credibility.gradient_health(subject.defended, *few, classes=classes, seed=seed)
+        reasons += credibility.more_steps_help(subject.defended, *few, eps=eps, seed=seed, steps=HEALTH_STEPS)
         noise = [
-            credibility.withstands_noise(
-                subject.defended, some, own, eps=evaluation.recipe.eps, seed=seed, first=numbers[0]
-            )
+            credibility.withstands_noise(subject.defended, some, own, eps=eps, seed=seed, first=numbers[0])
             for numbers, some, own in evaluation.batches(count)
         ]
         same = {name: values[:count] for name, values in right.items()}
         reasons += credibility.order_of_attacks(same, levels, clean=clean[:count], noise=torch.cat(noise))
-        found = {"reasons": reasons}
+        found = {"reasons": reasons, "wall_s": round(time.monotonic() - began, 3), "commit": evaluation.commit}
         evaluation.progress.add(of, found)
+    evaluation.used.append(found)
     reasons_found: list[str] = found["reasons"]
     return reasons_found
 
@@ -213,15 +209,11 @@ def evaluate(
     print(forecast(evaluation, subjects), flush=True)
     entries = {subject.name: measure(evaluation, subject) for subject in subjects}
     static = entries.pop("none")
-    report: dict[str, Any] = {
-        "undefended": static.report,
-        "defenses": {
-            name: {**entry.report, "against_static": against_static(entry.survived, static.survived)}
-            if entry.report["worst_case"]
-            else entry.report
-            for name, entry in entries.items()
-        },
-    }
+    report: dict[str, Any] = {"undefended": static.report, "defenses": {}, "grey_box_only": {}}
+    for name, entry in entries.items():
+        judged = entry.report["worst_case"] is not None
+        beside = {"against_static": against_static(entry.survived, static.survived)} if judged else {}
+        report["defenses" if judged else "grey_box_only"][name] = {**entry.report, **beside}
     manifest, scores = evaluation.bundle.manifest, aid_scores(evaluation)
     if manifest.aid_threshold is not None:
         report["detection"] = detection(scores, manifest.aid_threshold)

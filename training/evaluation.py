@@ -17,7 +17,7 @@ from models.manifest import AutoPreset
 from models.randomness import derive_seed
 from training.attacks.threats import assert_in_budget
 from training.config import EvaluateRecipe, RecipeError
-from training.data import ImageSet, in_batches
+from training.data import ImageSet, in_batches, to_float
 from training.plan import Attack, Planner, Subject
 from training.progress import Progress
 from training.provenance import git_commit
@@ -90,6 +90,11 @@ class Evaluation:
         for images, labels in in_batches(chosen, self.recipe.batch_size, self.device):
             yield list(range(start, start + len(labels))), images, labels
             start += len(labels)
+
+    def chosen(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and labels by their numbers."""
+        few = self.data.subset(numbers)
+        return to_float(few.images, self.device), few.labels.to(self.device)
 
     def right(self, subject: Subject, images: Tensor, labels: Tensor, seeds: Sequence[int]) -> Tensor:
         """Which images the defense labels right in one look, (N,)."""

@@ -12,7 +12,7 @@ from models.classifiers import Classifier
 from models.randomness import derive_seed, generator_for
 from training.attacks import by_autoattack, by_foolbox
 from training.attacks.gradients import diverse
-from training.attacks.pgd import ascend, cross_entropy, differentiated
+from training.attacks.pgd import ascend, classified
 from training.attacks.threats import L2, Linf, Threat
 
 PGD_STEP = 1 / 4
@@ -68,7 +68,7 @@ def attack(name: str, classifier: Classifier, *, eps: float, seed: int) -> GreyB
         return by_foolbox.foolbox_cw(classifier, images, labels, steps=CW_STEPS)
 
     def di2(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
-        objective = differentiated(lambda x: cross_entropy(classifier, x, labels))
+        objective = classified(classifier, labels)
         climbed = diverse(objective, generator_for(seed, "di2", numbers[0]))
         return ascend(climbed, images, images, threat, steps=DI2_STEPS, step_size=eps / 8)
 

@@ -237,7 +237,15 @@ class Planner:
             oracle = Oracle(subject.defended, seed)
             steps = effort.apgd_steps
             return by_autoattack.apgd(
-                oracle, images, labels, threat, loss=loss, steps=steps, draws=draws, seed=seed % 2**31
+                oracle,
+                images,
+                labels,
+                threat,
+                loss=loss,
+                steps=steps,
+                draws=draws,
+                seed=seed % 2**31,
+                is_random=subject.defended.is_random,
             )
 
         settings = {"steps": effort.apgd_steps, "draws": draws}
@@ -248,23 +256,26 @@ class Planner:
         """L4: what hurts each kind of purifier in particular."""
         effort, defended = self.effort(subject), subject.defended
         found = list[Attack]()
-        for purifier in subject.purifiers:
-            if any(isinstance(part, AtopPurifier) for part in purifier.modules()):
-                found += self.climbs(
-                    "fixed_look",
-                    "L4",
-                    effort,
-                    effort.full_steps,
-                    lambda labels, looks: gradients.through(defended, labels, looks, draws=1),
-                    Work(looks=1),
-                    looks=SameLook,
-                )
-            if isinstance(purifier, GatePurifier):
-                found += self.past(purifier, effort)
+        if any(isinstance(part, AtopPurifier) for purifier in subject.purifiers for part in purifier.modules()):
+            found += self.climbs(
+                "fixed_look",
+                "L4",
+                effort,
+                effort.full_steps,
+                lambda labels, looks: gradients.through(defended, labels, looks, draws=1),
+                Work(looks=1),
+                looks=SameLook,
+            )
+        chain = subject.purifiers
+        for gate in chain:
+            if isinstance(gate, GatePurifier):
+                found += self.past(gate, effort)
+                chain = [*gate.cheap, *gate.strong]  # an image may also stay a suspect, and beat the strong chain
+        for purifier in chain:
             for weight in effort.aware_weights:
                 found += self.aware(purifier, weight, effort)
-        if len(subject.purifiers) == 1 and isinstance(subject.purifiers[0], AidPurifier | ZeroPurPurifier):
-            found += self.unrolled(subject.purifiers[0], effort)
+        if len(chain) == 1 and isinstance(chain[0], AidPurifier | ZeroPurPurifier):
+            found += self.unrolled(chain[0], effort)
         return found
 
     def aware(self, purifier: nn.Module, weight: float, effort: Effort) -> list[Attack]:
@@ -331,13 +342,15 @@ class Planner:
 
     def square(self, subject: Subject) -> Attack:
         """L5: random search on the whole defense; a random one answers a query with the mean of several looks."""
-        effort, threat = self.effort(subject), Linf(self.eps)
+        effort, threat, defended = self.effort(subject), Linf(self.eps), subject.defended
         looks = self.draws(subject, effort.apgd_draws)
 
         def run(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
             seed = derive_seed(self.seed, "square", numbers[0])
-            oracle, queries = Oracle(subject.defended, seed, looks), effort.square_queries
-            return by_autoattack.square(oracle, images, labels, threat, queries=queries, seed=seed % 2**31)
+            oracle, queries = Oracle(defended, seed, looks), effort.square_queries
+            return by_autoattack.square(
+                oracle, images, labels, threat, queries=queries, seed=seed % 2**31, is_random=defended.is_random
+            )
 
         work = Work(answers=1 + effort.square_queries * looks)
         settings = {"queries": effort.square_queries, "looks": looks}

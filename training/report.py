@@ -30,7 +30,7 @@ def page(
     )
     environment.filters["percent"] = lambda cell: f"{100 * cell['accuracy']:.1f}"
     environment.filters["interval"] = lambda cell: "{:.1f} to {:.1f}".format(*(100 * end for end in cell["interval"]))
-    rows = {"undefended": report["undefended"], **report["defenses"]}
+    rows = {"undefended": report["undefended"], **report["defenses"], **report["grey_box_only"]}
     return environment.get_template(TEMPLATE).render(
         report=report,
         rows=rows,
@@ -97,7 +97,7 @@ def svg(figure: Figure) -> str:
 
 def table(report: Mapping[str, Any]) -> str:
     """The report as the table that is printed on the terminal."""
-    rows = [("undefended", report["undefended"]), *report["defenses"].items()]
+    rows = [("undefended", report["undefended"]), *report["defenses"].items(), *report["grey_box_only"].items()]
     attacks = list(report["undefended"]["grey_box"])
     names = ["standard", *attacks, "worst case"]
     lines = [f"{'defense':<18}" + "".join(f"{name:>26}" for name in names) + f"{'cost':>9}  credible"]
@@ -126,11 +126,16 @@ def _cell(cell: Mapping[str, Any] | None) -> str:
 
 
 def below(report: Mapping[str, Any], wanted: float) -> list[str]:
-    """A line for every defense whose worst case was measured and is below `wanted`, or is not credible."""
-    lines = list[str]()
+    """A line for every defense whose worst case is below `wanted`, not credible, or asked for and not measured.
+
+    Those in `grey_box_only` were not meant to have one; but where no defense has, that is a line too.
+    """
+    recipe, lines = report["recipe"], list[str]()
+    asked = [name for name in recipe["defenses"] if name != "none" and name not in report["defenses"]]
+    lines += [f"{name}: no attack that knows it was run" for name in asked]
+    if not report["defenses"] and not lines:
+        lines.append("no defense has a worst case in this report")
     for name, row in report["defenses"].items():
-        if row["worst_case"] is None:  # the recipe asked for no more than its grey-box numbers
-            continue
         accuracy = row["worst_case"]["accuracy"]
         if accuracy < wanted:
             lines.append(f"{name}: the worst case is {accuracy:.4f}, below {wanted:g}")

@@ -22,6 +22,7 @@ from training.config import EvaluateRecipe, RecipeError, read_recipe
 
 TABLES = Path(__file__).parent / "recipes" / "reproduction" / "tables.toml"
 NOT_RUN = "not run"
+IN_PAPERS_SIZE = " (paper's size)"
 HOLDS, OPEN, FAILS = "holds", "cannot be told apart", "**does not hold**"
 SETTINGS = {"seed", "eps", "batch_size", "defenses", "grey_box_only", "zeropur_variants", "further"}
 VERDICTS = (HOLDS, OPEN, FAILS)
@@ -129,7 +130,8 @@ def page(tables: Iterable[Table], runs: Path) -> str:
 
 def section(table: Table, runs: Path) -> list[str]:
     """One table with what must hold of it, and its commands."""
-    rows = [*table.rows, *in_papers_size(table, runs)]
+    small, grown = {row.name: row for row in table.rows}, in_papers_size(table, runs)
+    rows = [*small.values(), *grown.values()]
     reports = {row.report: report_of(runs, row) for row in rows}
     head = " | ".join(f"{column}, paper | ours" for column in table.columns)
     lines = [f"## {table.title}", "", table.ours, "", f"| | {head} |", "|---|" + "---|---|" * len(table.columns)]
@@ -140,20 +142,22 @@ def section(table: Table, runs: Path) -> list[str]:
             cells += [said, written(cell(reports, row, column))]
         lines.append(f"| {row.name} | {' | '.join(cells)} |")
     if table.directions:
-        lines += ["", *(judged(direction, table, reports) for direction in table.directions)]
+        lines += ["", *(judged(direction, small, reports) for direction in table.directions)]
+        whole = [each for each in table.directions if grown.keys() >= {name for name, _ in each.cells}]
+        lines += [judged(direction, grown, reports, IN_PAPERS_SIZE) for direction in whole]
     if table.remark:
         lines += ["", table.remark]
     return [*lines, "", *commands(table, rows, reports)]
 
 
-def in_papers_size(table: Table, runs: Path) -> list[Row]:
-    """The rows with the paper's networks that have been evaluated."""
-    grown = [
-        row.model_copy(update={"name": f"{row.name} (paper's size)", "bundle": row.paper_bundle})
+def in_papers_size(table: Table, runs: Path) -> dict[str, Row]:
+    """The rows with the paper's networks that have been evaluated, by the names of the small ones."""
+    grown = {
+        row.name: row.model_copy(update={"name": row.name + IN_PAPERS_SIZE, "bundle": row.paper_bundle})
         for row in table.rows
         if row.paper_bundle is not None
-    ]
-    return [row for row in grown if report_of(runs, row) is not None]
+    }
+    return {name: row for name, row in grown.items() if report_of(runs, row) is not None}
 
 
 def cell(reports: Reports, row: Row, column: str) -> Mapping[str, Any] | None:
@@ -161,7 +165,8 @@ def cell(reports: Reports, row: Row, column: str) -> Mapping[str, Any] | None:
     report = reports[row.report]
     entry = None
     if report is not None:
-        entry = report["undefended"] if row.defense == "none" else report["defenses"].get(row.defense)
+        rows = {"none": report["undefended"], **report["defenses"], **report.get("grey_box_only", {})}
+        entry = rows.get(row.defense)
     if entry is None:
         return None
     named = {"standard": entry["standard"], **entry["grey_box"], **entry["adaptive"], **entry["unseen"]}
@@ -177,19 +182,19 @@ def written(found: Mapping[str, Any] | None) -> str:
     return f"{100 * found['accuracy']:.1f} ({low:.1f} to {high:.1f}, n {found['n']})"
 
 
-def judged(direction: Direction, table: Table, reports: Reports) -> str:
+def judged(direction: Direction, rows: Mapping[str, Row], reports: Reports, size: str = "") -> str:
     """The direction, whether it holds, and by which numbers; what their intervals leave open is said to be open."""
-    rows = {row.name: row for row in table.rows}
     cells = [cell(reports, rows[name], column) for name, column in direction.cells]
     found = [each for each in cells if each is not None]
     if len(found) < len(cells):
-        return f"- {direction.says}: {NOT_RUN}."
+        return f"- {direction.says}{size}: {NOT_RUN}."
     if direction.at_most is not None:
-        verdict = HOLDS if found[0]["accuracy"] <= direction.at_most else FAILS
+        low, high = found[0]["interval"]
+        verdict = HOLDS if high <= direction.at_most else FAILS if low > direction.at_most else OPEN
     else:
         verdict = max((order(*pair) for pair in itertools.pairwise(found)), key=VERDICTS.index)
     numbers = ", ".join(f"{100 * each['accuracy']:.1f}" for each in found)
-    return f"- {direction.says}: {verdict} ({numbers})."
+    return f"- {direction.says}{size}: {verdict} ({numbers})."
 
 
 def order(larger: Mapping[str, Any], smaller: Mapping[str, Any]) -> str:

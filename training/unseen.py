@@ -98,7 +98,16 @@ def rand(planner: Planner, subject: Subject, wanted: FurtherAttack, threat: Linf
     def run(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
         seed = derive_seed(planner.seed, wanted.name, numbers[0])
         oracle = Oracle(subject.defended, seed)
-        return by_autoattack.rand(oracle, images, labels, threat, steps=wanted.steps, draws=draws, seed=seed % 2**31)
+        return by_autoattack.rand(
+            oracle,
+            images,
+            labels,
+            threat,
+            steps=wanted.steps,
+            draws=draws,
+            seed=seed % 2**31,
+            is_random=subject.defended.is_random,
+        )
 
     settings = wanted.model_dump(include={"attack", "norm", "eps", "steps"}) | {"draws": draws}
     work = Work(looks=2 * wanted.steps * draws)

@@ -62,6 +62,20 @@ class HalfDetached(Purifier):
         return torch.cat([images[:, :1].detach(), images[:, 1:]], dim=1)
 
 
+class Detached(Purifier):
+    """No gradient comes back at all."""
+
+    def forward(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        return images.detach()
+
+
+class Overflowing(Purifier):
+    """Sound at clean images; an attack arrives where the gradient is infinite."""
+
+    def forward(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        return images + 1e-3 * (1 - images).sqrt()
+
+
 class RandomWhenJudged(Purifier):
     is_random = True
 
@@ -119,6 +133,8 @@ def test_nothing_is_said_against_the_gradients_of_our_defenses(defense: str) -> 
     ("purifier", "reason"),
     [
         (Rounding(), "100% of the input gradients are exactly zero"),
+        (Detached(), "100% of the input gradients are exactly zero"),
+        (Overflowing(), "the gradient is not finite where an attack arrives"),
         (HalfDetached(), "33% of the input gradients are exactly zero"),
         (RandomWhenJudged(), "it is random while it is judged and not while it is attacked"),
         (RandomWhenJudged(), "it answers differently while it is attacked and while it is judged"),
@@ -128,6 +144,15 @@ def test_nothing_is_said_against_the_gradients_of_our_defenses(defense: str) -> 
 )
 def test_a_broken_defense_is_found_out(purifier: Purifier, reason: str) -> None:
     assert reason in said_of(DefendedClassifier(classifier_of(), [purifier]))
+
+
+def test_too_few_images_are_no_evidence_of_a_sound_gradient() -> None:
+    defended = DefendedClassifier(classifier_of(), [])
+    labels = labels_of(defended)
+    few = gradient_health(defended, IMAGES[:6], labels[:6], classes=4, seed=0)
+    assert few == ["of the clean images 6 are labeled right: too few to tell whether its gradient is sound"]
+    assert more_steps_help(defended, IMAGES[:6], labels[:6], eps=0.05, seed=0, steps=8) == []
+    assert gradient_health(defended, IMAGES[:7], labels[:7], classes=4, seed=0) == []
 
 
 def test_clipped_logits_are_found_out() -> None:
@@ -161,7 +186,20 @@ def test_the_usual_order_is_no_reason_to_doubt() -> None:
 @pytest.mark.parametrize("weaker", ["pgd20", "square", "transfer"])
 def test_an_attacker_who_knows_less_must_not_win_more(weaker: str) -> None:
     (reason,) = said_of_order({**HEALTHY, weaker: withstood(10)})
-    assert reason == f"{weaker}, which does not know the defense, leaves 10% right, all that do 35%"
+    assert reason == f"{weaker}, which does not know the defense, leaves 10% right, the best that does 35%"
+
+
+def test_useless_attacks_that_know_the_defense_do_not_hide_that_a_weaker_one_wins() -> None:
+    """Each loses a fifth of the images by its own draws alone, so that few withstand all of them."""
+    generator = torch.Generator().manual_seed(0)
+    right = {name: torch.rand(100, generator=generator) > 0.2 for name in ("bpda", "full")}
+    useless = {f"useless{draw}": torch.rand(100, generator=generator) > 0.2 for draw in range(5)}
+    levels = LEVELS | dict.fromkeys(useless, "L4")
+    assert torch.stack([*right.values(), *useless.values()]).all(0).sum() < 35
+    (reason,) = order_of_attacks(
+        {**right, **useless, "square": withstood(35)}, levels, clean=withstood(90), noise=withstood(85)
+    )
+    assert reason.startswith("square, which does not know the defense, leaves 35% right")
 
 
 def test_noise_and_clean_images_must_not_be_harder_than_attacks() -> None:

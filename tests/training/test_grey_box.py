@@ -25,7 +25,7 @@ def test_every_attack_repeats_keeps_to_its_threat_and_raises_the_loss(name: str)
     assert torch.equal(moved, moved.clamp(0, 1))
     if attack.threat is not None:
         assert_in_budget(moved, IMAGES, attack.threat, name)
-    loss = [cross_entropy(classifier, images, labels).mean().item() for images in (IMAGES, moved)]
+    loss = [cross_entropy(classifier(images), labels).mean().item() for images in (IMAGES, moved)]
     assert loss[1] > loss[0]
     if name in ("autoattack", "cw"):
         assert (classifier(moved).argmax(1) != labels).all()

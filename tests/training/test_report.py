@@ -89,7 +89,7 @@ def test_a_defense_that_was_measured_grey_box_only_has_no_worst_case_to_believe(
     reasons = ["no attack that knows the defense was run"]
     unknown = {**report["defenses"]["zeropur"], "worst_case": None, "credible": False, "reasons": reasons}
     unknown.pop("against_static")
-    text = page({**report, "defenses": {"zeropur:coarse": unknown}}, {}, {"clean": [0.5]})
+    text = page({**report, "defenses": {}, "grey_box_only": {"zeropur:coarse": unknown}}, {}, {"clean": [0.5]})
     assert "because no attack that knows them was run: zeropur:coarse." in text
     assert "zeropur:coarse is not credible" not in text
     assert '<td class="worst">not measured</td>' in text

@@ -110,8 +110,9 @@ def test_every_evaluation_stands_once_with_command_seed_machine_and_commit(tmp_p
         ([("AToP", "standard"), ("none", "standard")], None, "**does not hold** (90.0, 95.0)"),
         ([("AToP", "pgd20"), ("none", "pgd20")], None, "cannot be told apart (80.0, 80.0)"),
         ([("none", "standard"), ("AToP", "standard"), ("none", "pgd20"), ("AToP", "pgd20")], None, OPEN_ORDER),
-        ([("AToP", "full")], 0.3, "holds (30.0)"),
-        ([("AToP", "full")], 0.29, "**does not hold** (30.0)"),
+        ([("AToP", "full")], 0.32, "holds (30.0)"),
+        ([("AToP", "full")], 0.3, "cannot be told apart (30.0)"),
+        ([("AToP", "full")], 0.28, "**does not hold** (30.0)"),
         ([("AToP", "full"), ("other", "full")], None, "not run"),
     ],
 )
@@ -120,6 +121,16 @@ def test_a_direction_is_judged_by_what_was_measured(
 ) -> None:
     direction = Direction(says="It falls", cells=tuple(cells), at_most=at_most)
     assert f"- It falls: {said}." in page([table(direction)], runs_with_a_report(tmp_path)).splitlines()
+
+
+def test_a_direction_is_judged_again_for_the_papers_size(tmp_path: Path) -> None:
+    direction = Direction(says="It falls", cells=(("none", "standard"), ("AToP", "standard")))
+    runs = runs_with_a_report(tmp_path)
+    grown = table(direction)
+    rows = [each.model_copy(update={"paper_bundle": "runs/b/1", "bundle": "runs/none/1"}) for each in grown.rows]
+    lines = page([grown.model_copy(update={"rows": tuple(rows)})], runs).splitlines()
+    assert "- It falls: not run." in lines
+    assert "- It falls (paper's size): holds (95.0, 90.0)." in lines
 
 
 @pytest.mark.parametrize(("defense", "column"), [("atop", "cw"), ("aid", "pgd20"), ("none", "square")])

@@ -14,10 +14,12 @@ from pyautoattack.autopgd_base import APGDAttack
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
-from training.attacks.gradients import margin
+from training.attacks.pgd import margin
 from training.attacks.threats import L2, Linf
 
 NORMS = {Linf: "Linf", L2: "L2"}
+NEVER_ENOUGH = 1e6
+"""In the place of a margin that must not end a search."""
 
 
 class _PlainLayout(torch.autograd.Function):
@@ -42,7 +44,17 @@ class _Attacked(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         plain: Tensor = _PlainLayout.apply(images)  # type: ignore[no-untyped-call]
         logits: Tensor = self.model(plain)
+        if images.requires_grad and not logits.requires_grad:  # no gradient comes back: then it is zero
+            return logits + 0 * plain.flatten(1).sum(1, keepdim=True)
         return logits
+
+
+class _Persistent(SquareAttack):  # type: ignore[misc]
+    """Square that searches on beyond the first wrong answer: that of a random defense may have been luck."""
+
+    def margin_and_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        margins, loss = super().margin_and_loss(images, labels)
+        return torch.full_like(margins, NEVER_ENOUGH), loss
 
 
 @contextmanager
@@ -91,11 +103,13 @@ def apgd(
     steps: int,
     draws: int,
     seed: int,
+    is_random: bool,
 ) -> Tensor:
-    """Auto-PGD, gradients averaged over `draws` calls; the images of the highest loss.
+    """Auto-PGD, gradients averaged over `draws` calls.
 
-    With both losses, 100 steps and 20 draws these are the two attacks of AutoAttack `rand`, which keeps an image only
-    if a single call misclassified it: a verdict of its own, that we leave to ours.
+    From a deterministic model an image that it misclassified, else the one of the highest loss; from a random one the
+    latter always. With both losses, 100 steps and 20 draws these are the two attacks of AutoAttack `rand`, which keeps
+    an image only if a single call misclassified it: a verdict of its own, that we leave to ours.
     """
     attack = APGDAttack(
         _Attacked(model),
@@ -109,21 +123,32 @@ def apgd(
         seed=seed,
         device=images.device,
     )
-    torch.manual_seed(seed)  # with `best_loss` it does not seed its random start itself
+    torch.manual_seed(seed)  # its random start
     with _quiet():
-        adversarial: Tensor = attack.perturb(images.contiguous(), labels, best_loss=True)
-    return adversarial
+        attack.init_hyperparam(images)
+        highest, right, _, wrong = attack.attack_single_run(images.contiguous(), labels)
+    found: Tensor = highest if is_random else torch.where(right.bool().view(-1, 1, 1, 1), highest, wrong)
+    return found.detach()
 
 
 def rand(
-    model: nn.Module, images: Tensor, labels: Tensor, threat: Linf | L2, *, steps: int, draws: int, seed: int
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    threat: Linf | L2,
+    *,
+    steps: int,
+    draws: int,
+    seed: int,
+    is_random: bool,
 ) -> Tensor:
     """The two attacks of AutoAttack `rand`, each on every image: the better one, by its mean margin over `draws` calls.
 
     The verdict is left to us, as in `apgd`. The difference-of-logits ratio (DLR) needs three classes.
     """
     ce, dlr = (
-        apgd(model, images, labels, threat, loss=loss, steps=steps, draws=draws, seed=seed) for loss in ("ce", "dlr")
+        apgd(model, images, labels, threat, loss=loss, steps=steps, draws=draws, seed=seed, is_random=is_random)
+        for loss in ("ce", "dlr")
     )
     better = mean_margin(model, dlr, labels, draws) > mean_margin(model, ce, labels, draws)
     return torch.where(better.view(-1, 1, 1, 1), dlr, ce)
@@ -132,15 +157,25 @@ def rand(
 @torch.no_grad()
 def mean_margin(model: nn.Module, images: Tensor, labels: Tensor, calls: int) -> Tensor:
     """Of several calls, (N,): positive where the image is misclassified."""
-    return torch.stack([margin(model, images, labels) for _ in range(calls)]).mean(0)
+    return torch.stack([margin(model(images), labels) for _ in range(calls)]).mean(0)
 
 
-def square(model: nn.Module, images: Tensor, labels: Tensor, threat: Linf | L2, *, queries: int, seed: int) -> Tensor:
+def square(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    threat: Linf | L2,
+    *,
+    queries: int,
+    seed: int,
+    is_random: bool,
+) -> Tensor:
     """Square: random search with at most `queries` calls an image, no gradient; the images of the largest margin.
 
-    Its own `perturb` would give back only those that a single call misclassified: a verdict of its own, as for `apgd`.
+    It stops at an image that a deterministic model misclassifies, and goes on where the model is random.
     """
-    attack = SquareAttack(
+    kind = _Persistent if is_random else SquareAttack
+    attack = kind(
         _Attacked(model),
         norm=NORMS[type(threat)],
         eps=threat.eps,

@@ -1,12 +1,12 @@
 """What an attacker climbs: gradients through a defense, around it, and of what the defense itself looks at.
 
-Each function here returns an `Objective` for `ascend`. Where the defense draws, it is the mean over several looks
-(EOT, Athalye et al., 2018): gradients are averaged, then the threat takes the sign.
+Each function here returns an `Objective` for `ascend`, whose value is the margin where it asks the defense itself.
+Where the defense draws, it is the mean over several looks (EOT, Athalye et al., 2018): gradients are averaged, then
+the threat takes the sign.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -20,18 +20,10 @@ from models.defense import DefendedClassifier
 from models.gate import GatePurifier
 from models.manifest import BlurSpec
 from training.attacks.looks import Looks, seen
-from training.attacks.pgd import Model, Objective, cross_entropy, differentiated
+from training.attacks.pgd import Loss, Objective, classified, cross_entropy, differentiated, margin
 
-Loss = Callable[[Model, Tensor, Tensor], Tensor]
-"""Model, images (N, 3, H, W) and labels (N,) to what the attacker wants to be large, (N,)."""
-
-
-def margin(model: Model, images: Tensor, labels: Tensor) -> Tensor:
-    """The best wrong logit minus the right one, (N,): positive where the image is misclassified (Carlini & Wagner)."""
-    logits = model(images).float()
-    right = logits.gather(1, labels[:, None]).squeeze(1)
-    wrong = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
-    return wrong - right
+NEAR_CERTAIN = 1e-7
+"""A threshold nearer to 0 or 1 is taken for this near: those themselves have no logit."""
 
 
 def through(
@@ -40,7 +32,7 @@ def through(
     """The exact gradient, backward through transform, purifier and classifier."""
 
     def one_look(seeds: list[int]) -> Objective:
-        return differentiated(lambda x: loss(seen(defended, seeds), x, labels))
+        return classified(seen(defended, seeds), labels, loss)
 
     return averaged(one_look, looks, draws if defended.is_random else 1)
 
@@ -49,13 +41,13 @@ def around(
     defended: DefendedClassifier, labels: Tensor, looks: Looks, *, draws: int, loss: Loss = cross_entropy
 ) -> Objective:
     """BPDA: the real purifier forward, the identity backward, so the classifier's gradient at the purified image."""
-    classified = differentiated(lambda x: loss(defended.classifier, x, labels))
+    behind = classified(defended.classifier, labels, loss)
 
     def one_look(seeds: list[int]) -> Objective:
         def at(images: Tensor) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
                 purified = defended.purify(images, seeds)
-            return classified(purified)
+            return behind(purified)
 
         return at
 
@@ -77,7 +69,7 @@ def while_natural(aid: Aid, labels: Tensor, *, weight: float) -> Objective:
 
     AID, App. E, after Shi et al. (2021).
     """
-    return differentiated(lambda x: cross_entropy(aid.classifier, x, labels) + weight * F.logsigmoid(aid.logits(x)))
+    return differentiated(lambda x: cross_entropy(aid.classifier(x), labels) + weight * F.logsigmoid(aid.logits(x)))
 
 
 def past_the_gate(
@@ -89,7 +81,7 @@ def past_the_gate(
     positive where both are met (selective PGD, Bryniarski et al., 2022). `passed` is the cheap chain.
     """
     fooling = through(passed, labels, looks, draws=draws, loss=margin)
-    threshold = math.log(gate.threshold) - math.log1p(-gate.threshold)
+    threshold = float(torch.tensor(gate.threshold, dtype=torch.float64).logit(eps=NEAR_CERTAIN))
     passing = differentiated(lambda x: gate.aid.logits(x) - threshold)
 
     def at(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +101,7 @@ def while_aligned(classifier: Classifier, spec: BlurSpec, labels: Tensor, *, wei
 
     def objective(images: Tensor) -> Tensor:
         agreement = F.cosine_similarity(classifier.embedding(images), classifier.embedding(blur(images, spec)))
-        return cross_entropy(classifier, images, labels) - weight * (1 - agreement)
+        return cross_entropy(classifier(images), labels) - weight * (1 - agreement)
 
     return differentiated(objective)
 

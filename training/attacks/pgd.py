@@ -20,27 +20,59 @@ Objective = Callable[[Tensor], tuple[Tensor, Tensor]]
 """What the attacker wants to be large, at images (N, 3, H, W): its value, (N,), and its gradient, image by image."""
 
 
-def cross_entropy(model: Model, images: Tensor, labels: Tensor) -> Tensor:
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Logits (N, K) and labels to what the attacker wants to be large, (N,)."""
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """The loss of every image, (N,); `labels` are classes (N,) or probabilities (N, K)."""
-    return F.cross_entropy(model(images).float(), labels, reduction="none")
+    return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """The best wrong logit minus the right one, (N,): positive where the image is misclassified (Carlini & Wagner)."""
+    logits = logits.float()
+    right = logits.gather(1, labels[:, None]).squeeze(1)
+    wrong = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
+    return wrong - right
 
 
 def differentiated(function: Callable[[Tensor], Tensor]) -> Objective:
-    """The objective of a differentiable function of images to values (N,); no weight receives a gradient."""
+    """The objective of a function of images to values (N,); no weight receives a gradient."""
 
     def at(images: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             images = images.detach().requires_grad_()
             values = function(images)
-            (gradient,) = torch.autograd.grad(values.sum(), images)
-        return values.detach(), gradient
+        return values.detach(), gradient_of(values, images)
 
     return at
 
 
+def classified(model: Model, labels: Tensor, loss: Loss = cross_entropy) -> Objective:
+    """Uphill is the loss of the model's answer, but its value is the margin: what is wrong outranks what is unsure."""
+
+    def at(images: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            images = images.detach().requires_grad_()
+            logits = model(images)
+            losses = loss(logits, labels)
+        return margin(logits.detach(), labels), gradient_of(losses, images)
+
+    return at
+
+
+def gradient_of(values: Tensor, images: Tensor) -> Tensor:
+    """The gradient of each value, (N,), by its own image; zero for values that do not come from the images."""
+    if not values.requires_grad:
+        return torch.zeros_like(images)
+    (gradient,) = torch.autograd.grad(values, images, torch.ones_like(values), materialize_grads=True)
+    return gradient
+
+
 def loss_gradient(model: Model, images: Tensor, labels: Tensor) -> Tensor:
     """The gradient of each image's cross-entropy with respect to that image; no weight receives one."""
-    return input_gradient(lambda images: cross_entropy(model, images, labels), images)
+    return input_gradient(lambda images: cross_entropy(model(images), labels), images)
 
 
 def ascend(
@@ -56,15 +88,16 @@ def ascend(
     """`steps` projected steps up the gradient, from `start`.
 
     Each image's last iterate, or that of its highest value: where gradients mislead, the last one is often not the
-    worst for the defense. To find the highest takes one more look, at the last iterate.
+    worst for the defense. To find the highest takes one more look, at the last iterate. A value or a component of the
+    gradient that is no number is passed over.
     """
     moved = best = start
     highest = torch.full((len(start),), -torch.inf, device=start.device)
     for _ in range(steps):
         value, gradient = objective(moved)
         best = torch.where((value > highest).view(-1, 1, 1, 1), moved, best)
-        highest = torch.maximum(highest, value)
-        moved = threat.project(threat.move(moved, gradient, step_size), images)
+        highest = torch.fmax(highest, value)
+        moved = threat.project(threat.move(moved, gradient.nan_to_num(0.0), step_size), images)
     if keep == "last":
         return moved
     value, _ = objective(moved)
@@ -97,5 +130,5 @@ def pgd_linf(
     """Projected gradient ascent of the cross-entropy from a uniform random start (Madry et al., 2018)."""
     threat = Linf(eps)
     start = threat.start(images, generator)
-    objective = differentiated(lambda x: cross_entropy(model, x, labels))
+    objective = differentiated(lambda x: cross_entropy(model(x), labels))
     return ascend(objective, start, images, threat, steps=steps, step_size=step_size)

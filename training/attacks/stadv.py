@@ -8,11 +8,13 @@ from torch import Tensor
 
 from models.defense import DefendedClassifier
 from models.randomness import generator_for
-from training.attacks.gradients import margin
 from training.attacks.looks import Looks, seen
+from training.attacks.pgd import margin
 
 FLOW_PENALTY = 0.0025 / 0.05
 """Weight of the flow's unevenness, per unit of the bound that it was chosen for."""
+CONFIDENCE = 5.0
+"""How far, in logits, a random defense is pushed: what fools one look barely is often seen right in the next."""
 
 
 def stadv(
@@ -31,6 +33,7 @@ def stadv(
     The loss is that of Carlini & Wagner plus a penalty on neighbors that move apart; with randomness it is the mean of
     `draws` looks. An image keeps the flow of its largest margin.
     """
+    draws, enough = (draws, CONFIDENCE) if defended.is_random else (1, 0.0)
     count, _, height, width = images.shape
     straight = F.affine_grid(torch.eye(2, 3, device=images.device).expand(count, 2, 3), [*images.shape], False)
     generator = generator_for(looks.seed, "flow")
@@ -41,11 +44,9 @@ def stadv(
     for _ in range(steps):
         with torch.enable_grad():
             moved = bent(images, straight, flow)
-            answers = [
-                margin(seen(defended, looks.next()), moved, labels) for _ in range(draws if defended.is_random else 1)
-            ]
+            answers = [margin(seen(defended, looks.next())(moved), labels) for _ in range(draws)]
             margins = torch.stack(answers).mean(0)
-            loss = (-margins.clamp(max=0) + FLOW_PENALTY * unevenness(flow)).sum()
+            loss = (-margins.clamp(max=enough) + FLOW_PENALTY * unevenness(flow)).sum()
         (flow.grad,) = torch.autograd.grad(loss, [flow])
         better = margins.detach() > largest
         best = torch.where(better.view(-1, 1, 1, 1), moved.detach(), best)

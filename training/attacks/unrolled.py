@@ -19,7 +19,7 @@ from models.aid import AidPurifier
 from models.blur import blur
 from models.gradients import ball
 from models.zeropur import ZeroPurPurifier, dot, l1_normalized
-from training.attacks.pgd import Model, Objective, cross_entropy, differentiated
+from training.attacks.pgd import Model, Objective, classified
 from training.attacks.threats import TINY
 
 Sign = Callable[[Tensor], Tensor]
@@ -135,15 +135,15 @@ def slope(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 def over_iterates(purifier: Descending, classifier: Model, labels: Tensor) -> Objective:
     """BPDA at every iterate, averaged (Croce et al., 2022): an early one often says more than the last.
 
-    Its value is the loss at the last, which is what the defense answers.
+    Its value is the margin at the last, which is what the defense answers.
     """
-    classified = differentiated(lambda x: cross_entropy(classifier, x, labels))
+    behind = classified(classifier, labels)
 
     def at(images: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             seen = iterates(purifier, images)
-        losses, gradients = zip(*(classified(moved) for moved in seen), strict=True)
-        return losses[-1], torch.stack(gradients).mean(0)
+        margins, gradients = zip(*(behind(moved) for moved in seen), strict=True)
+        return margins[-1], torch.stack(gradients).mean(0)
 
     return at
 
@@ -151,8 +151,7 @@ def over_iterates(purifier: Descending, classifier: Model, labels: Tensor) -> Ob
 def through_smooth_steps(purifier: Descending, classifier: Model, labels: Tensor, *, sharpness: float) -> Objective:
     """The gradient through the whole unrolled purification with tanh in the place of every sign."""
 
-    def objective(images: Tensor) -> Tensor:
-        purified = iterates(purifier, images, smooth_sign(sharpness))[-1]
-        return cross_entropy(classifier, purified, labels)
+    def smooth(images: Tensor) -> Tensor:
+        return classifier(iterates(purifier, images, smooth_sign(sharpness))[-1])
 
-    return differentiated(objective)
+    return classified(smooth, labels)

@@ -10,8 +10,7 @@ from models.classifiers import Classifier
 from tests.fakes import linear_classifier, linear_problem, smooth_classifier
 from tests.networks import tiny_classifier
 from training.attacks.by_autoattack import apgd, autoattack, rand, square
-from training.attacks.gradients import margin
-from training.attacks.pgd import cross_entropy, pgd_linf
+from training.attacks.pgd import cross_entropy, margin, pgd_linf
 from training.attacks.threats import L2, Linf, assert_in_budget
 
 
@@ -24,9 +23,9 @@ def four_classes(two: Classifier) -> Classifier:
 
 
 ATTACKS = {
-    "apgd-ce": partial(apgd, loss="ce", steps=20, draws=1, seed=0),
-    "apgd-dlr": partial(apgd, loss="dlr", steps=20, draws=2, seed=0),
-    "rand": partial(rand, steps=20, draws=2, seed=0),
+    "apgd-ce": partial(apgd, loss="ce", steps=20, draws=1, seed=0, is_random=False),
+    "apgd-dlr": partial(apgd, loss="dlr", steps=20, draws=2, seed=0, is_random=True),
+    "rand": partial(rand, steps=20, draws=2, seed=0, is_random=True),
     "autoattack": partial(autoattack, seed=0),
 }
 
@@ -65,7 +64,7 @@ def test_square_needs_no_gradient_and_stays_in_its_budget() -> None:
             return logits
 
     def fooled(eps: float) -> list[bool]:
-        moved = square(Blind(), problem.images, problem.labels, Linf(eps), queries=300, seed=0)
+        moved = square(Blind(), problem.images, problem.labels, Linf(eps), queries=300, seed=0, is_random=False)
         assert_in_budget(moved, problem.images, Linf(eps), "Square")
         labels: list[int] = classifier(moved).argmax(1).tolist()
         return [label != right for label, right in zip(labels, problem.labels.tolist(), strict=True)]
@@ -80,9 +79,51 @@ def test_apgd_is_at_least_as_strong_as_our_pgd() -> None:
     images = torch.rand(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     labels = classifier(images).argmax(1)
     ours = pgd_linf(classifier, images, labels, eps=0.1, steps=30, step_size=0.01, generator=torch.Generator())
-    theirs = apgd(classifier, images, labels, Linf(0.1), loss="ce", steps=30, draws=1, seed=0)
-    losses = [cross_entropy(classifier, moved, labels).mean().item() for moved in (images, ours, theirs)]
+    theirs = apgd(classifier, images, labels, Linf(0.1), loss="ce", steps=30, draws=1, seed=0, is_random=True)
+    losses = [cross_entropy(classifier(moved), labels).mean().item() for moved in (images, ours, theirs)]
     assert losses[0] < losses[1] < losses[2] * 1.01
+
+
+def test_of_a_deterministic_model_what_it_misclassifies_is_kept_whatever_the_loss() -> None:
+    """Near the start class 2 wins, barely; higher up the right class does, at a higher loss: five others are close."""
+
+    class Folded(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            height = (images - 0.5).mean((1, 2, 3))
+            near = height < 0.05
+            right, wrong = torch.zeros_like(height), torch.where(near, 0.1 + height, -0.1)
+            others = torch.where(near, -9.0, -0.1)
+            return torch.stack([right, others, wrong, others, others, others], dim=1)
+
+    images, labels = torch.full((4, 3, 8, 8), 0.5), torch.zeros(4, dtype=torch.long)
+    attack = partial(apgd, Folded(), images, labels, Linf(0.1), loss="ce", steps=40, draws=1, seed=0)
+    wrong = Folded()(attack(is_random=False)).argmax(1) != labels
+    surer = Folded()(attack(is_random=True)).argmax(1) != labels
+    assert wrong.all()
+    assert not surer.any()
+
+
+def test_square_goes_on_beyond_the_first_wrong_answer_of_a_random_model() -> None:
+    problem = linear_problem()
+    classifier = four_classes(problem.classifier)
+    attack = partial(square, classifier, problem.images, problem.labels, Linf(4 * problem.margin), queries=300, seed=0)
+    stopped, went_on = (margin(classifier(attack(is_random=is_random)), problem.labels) for is_random in (False, True))
+    assert (stopped > 0).all()
+    assert (went_on > 2 * stopped).all()
+
+
+@pytest.mark.parametrize("attack", [ATTACKS["apgd-ce"], ATTACKS["apgd-dlr"]])
+def test_a_model_that_hands_no_gradient_back_is_attacked_in_vain(attack: partial[Tensor]) -> None:
+    problem = linear_problem()
+    classifier, threat = four_classes(problem.classifier), Linf(0.97 * problem.margin)
+
+    class Detached(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            logits: Tensor = classifier(images.detach())
+            return logits
+
+    moved = attack(Detached(), problem.images, problem.labels, threat)
+    assert_in_budget(moved, problem.images, Linf(threat.eps * (1 + 1e-5)), "the attack")
 
 
 def test_rand_keeps_the_better_of_its_two_attacks() -> None:
@@ -107,7 +148,7 @@ def test_rand_keeps_the_better_of_its_two_attacks() -> None:
     images = torch.rand(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     labels = smooth(images).argmax(1)
     ce, dlr, both = (
-        margin(smooth, ATTACKS[name](smooth, images, labels, Linf(0.03)), labels)
+        margin(smooth(ATTACKS[name](smooth, images, labels, Linf(0.03))), labels)
         for name in ("apgd-ce", "apgd-dlr", "rand")
     )
     assert (ce > dlr).any()

@@ -14,9 +14,9 @@ from models.manifest import BlurSpec
 from models.randomness import normal
 from tests.fakes import linear_problem
 from tests.networks import SIZE, tiny_aid, tiny_bundle, tiny_classifier
-from training.attacks.gradients import around, diverse, margin, past_the_gate, through, while_aligned, while_natural
+from training.attacks.gradients import around, diverse, past_the_gate, through, while_aligned, while_natural
 from training.attacks.looks import Looks, Oracle, SameLook
-from training.attacks.pgd import Objective, ascend, cross_entropy, differentiated, loss_gradient
+from training.attacks.pgd import Objective, ascend, cross_entropy, differentiated, loss_gradient, margin
 from training.attacks.threats import L2, Linf, assert_in_budget
 
 IMAGES = 0.2 + 0.6 * torch.rand(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
@@ -49,8 +49,8 @@ def test_the_full_gradient_is_the_mean_of_exact_gradients_over_looks() -> None:
     value, gradient = through(defended, LABELS, Looks(7, range(5)), draws=3)(IMAGES)
 
     seeds = [looks.next() for _ in range(3)]
-    losses = [F.cross_entropy(defended.vote(IMAGES, s, 0), LABELS, reduction="none") for s in seeds]
-    torch.testing.assert_close(value, torch.stack(losses).mean(0))
+    margins = [margin(defended.vote(IMAGES, s, 0), LABELS) for s in seeds]
+    torch.testing.assert_close(value, torch.stack(margins).mean(0))
     expected = torch.stack([plain_gradient(defended, IMAGES, LABELS, s) for s in seeds]).mean(0)
     torch.testing.assert_close(gradient, expected)
 
@@ -130,7 +130,7 @@ def test_attacks_through_a_defense_fool_just_outside_the_margin_and_never_inside
 
 def test_the_margin_is_the_best_wrong_logit_minus_the_right_one() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0], [1.0, 3.0, 2.0]])
-    assert margin(lambda _: logits, IMAGES[:2], torch.tensor([1, 2])).tolist() == [-1.0, 1.0]
+    assert margin(logits, torch.tensor([1, 2])).tolist() == [-1.0, 1.0]
 
 
 # Attacks that know what the defense looks at
@@ -160,7 +160,7 @@ def test_the_attack_on_aid_looks_more_natural_than_one_that_does_not_care() -> N
 def test_the_attack_on_the_gate_climbs_the_end_that_is_farther_off() -> None:
     aid = tiny_aid(tiny_classifier())
     passed = DefendedClassifier(aid.classifier, [])
-    logits, wrong = aid.logits(IMAGES), margin(aid.classifier, IMAGES, LABELS)
+    logits, wrong = aid.logits(IMAGES), margin(aid.classifier(IMAGES), LABELS)
     # A threshold at which some images lack more to pass, and others more to be misclassified.
     threshold = float((logits - wrong).sort().values[1:3].mean().sigmoid())
     gate = GatePurifier(aid, threshold, cheap=[], strong=[Noise()])
@@ -170,7 +170,7 @@ def test_the_attack_on_the_gate_climbs_the_end_that_is_farther_off() -> None:
     natural = logits - torch.tensor(threshold).logit()
     torch.testing.assert_close(value, torch.minimum(wrong, natural))
     to_pass = differentiated(aid.logits)(IMAGES)[1]
-    to_fool = differentiated(lambda x: margin(aid.classifier, x, LABELS))(IMAGES)[1]
+    to_fool = differentiated(lambda x: margin(aid.classifier(x), LABELS))(IMAGES)[1]
     assert 0 < int((wrong < natural).sum()) < 5
     for index, fooling_first in enumerate((wrong < natural).tolist()):
         torch.testing.assert_close(gradient[index], (to_fool if fooling_first else to_pass)[index])
@@ -226,7 +226,7 @@ def test_the_attack_on_zeropur_agrees_with_its_blurred_copy_more_than_one_that_d
 
 def test_diverse_inputs_are_a_resized_padded_image_through_which_the_gradient_comes_back() -> None:
     classifier = tiny_classifier()
-    plain = differentiated(lambda x: cross_entropy(classifier, x, LABELS))
+    plain = differentiated(lambda x: cross_entropy(classifier(x), LABELS))
     generator = torch.Generator().manual_seed(0)
 
     assert torch.equal(diverse(plain, generator, probability=0.0)(IMAGES)[1], plain(IMAGES)[1])
@@ -256,5 +256,5 @@ def test_attacks_through_every_shipped_kind_of_defense_raise_the_loss() -> None:
         moved = ascend(objective, IMAGES, IMAGES, Linf(0.1), steps=5, step_size=0.04)
         verdict = Looks(99, range(5)).next()
         with torch.no_grad():
-            before, after = (cross_entropy(lambda x: defended.vote(x, verdict, 0), x, LABELS) for x in (IMAGES, moved))  # noqa: B023
+            before, after = (cross_entropy(defended.vote(x, verdict, 0), LABELS) for x in (IMAGES, moved))
         assert after.mean() > before.mean(), defense

@@ -16,7 +16,7 @@ from training.attacks.by_foolbox import (
     foolbox_pgd,
     foolbox_pgd_l2,
 )
-from training.attacks.pgd import Model, ascend, loss_gradient, noisy_fgsm, pgd_linf
+from training.attacks.pgd import Model, ascend, classified, loss_gradient, margin, noisy_fgsm, pgd_linf
 from training.attacks.threats import Linf
 
 
@@ -190,6 +190,42 @@ def test_each_image_keeps_its_last_iterate_or_that_of_its_highest_value() -> Non
     torch.testing.assert_close(last[:, 0, 0, 0], torch.tensor([0.6, 0.8]))
     torch.testing.assert_close(highest[:, 0, 0, 0], torch.tensor([0.6, 0.5]))
     assert len(asked) == 4 + 5  # the highest is only known after a look at the last
+
+
+def test_what_is_wrong_outranks_what_is_unsure() -> None:
+    """The image that is right, at the higher loss, has the lower value."""
+    logits = torch.tensor([[0.1, 0.0, 0.05, 0.05, 0.05], [0.0, 0.4, -9.0, -9.0, -9.0]])
+    images, labels = torch.rand(2, 3, 4, 4, generator=generator()), torch.tensor([0, 0])
+
+    value, _ = classified(lambda _: logits, labels)(images)
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    assert losses[0] > losses[1]
+    assert value[0] < 0 < value[1]
+    torch.testing.assert_close(value, margin(logits, labels))
+
+
+def test_a_model_that_hands_no_gradient_back_leaves_images_where_they_are() -> None:
+    problem = linear_problem()
+    objective = classified(lambda x: problem.classifier(x.detach()).detach(), problem.labels)
+    value, gradient = objective(problem.images)
+    assert torch.equal(gradient, torch.zeros_like(problem.images))
+    assert (value < 0).all()
+    assert torch.equal(
+        ascend(objective, problem.images, problem.images, Linf(0.1), steps=3, step_size=0.1), problem.images
+    )
+
+
+def test_an_iterate_whose_value_is_no_number_is_passed_over_and_so_is_such_a_gradient() -> None:
+    images = torch.full((1, 3, 2, 2), 0.5)
+    hole = torch.tensor([True, False]).expand(1, 3, 2, 2)
+
+    def holed(x: Tensor) -> tuple[Tensor, Tensor]:
+        value = x.sum((1, 2, 3))
+        lost = (value > 7.0) & (value < 8.0)
+        return torch.where(lost, torch.nan, value), torch.where(hole, torch.nan, torch.ones_like(x))
+
+    moved = ascend(holed, images, images, Linf(0.4), steps=4, step_size=0.1, keep="highest")
+    torch.testing.assert_close(moved, torch.where(hole, 0.5, 0.9))
 
 
 def test_where_no_value_is_a_number_the_start_is_kept() -> None:

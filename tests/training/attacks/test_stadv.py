@@ -5,8 +5,8 @@ import torch.nn.functional as F
 
 from models.defense import DefendedClassifier
 from tests.networks import SIZE, tiny_classifier
-from training.attacks.gradients import margin
 from training.attacks.looks import Looks
+from training.attacks.pgd import margin
 from training.attacks.stadv import bent, stadv, unevenness
 
 IMAGES = torch.rand(4, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
@@ -35,7 +35,7 @@ def test_it_raises_the_margin_by_moving_pixels_no_further_than_the_bound() -> No
 
     moved = stadv(defended, IMAGES, labels, Looks(0, range(4)), bound=0.2, steps=20)
 
-    assert (margin(defended, moved, labels) > margin(defended, IMAGES, labels)).all()
+    assert (margin(defended(moved), labels) > margin(defended(IMAGES), labels)).all()
     assert torch.equal(moved, moved.clamp(0, 1))
     still = stadv(defended, IMAGES, labels, Looks(0, range(4)), bound=0.0, steps=3)
     torch.testing.assert_close(still, IMAGES)

@@ -9,7 +9,7 @@ from models.aid import AidPurifier
 from models.manifest import AidPreset
 from models.zeropur import ZeroPurPurifier
 from tests.networks import SIZE, tiny_aid, tiny_classifier, zeropur_preset
-from training.attacks.pgd import ascend, cross_entropy, loss_gradient
+from training.attacks.pgd import ascend, cross_entropy, loss_gradient, margin
 from training.attacks.threats import Linf, assert_in_budget
 from training.attacks.unrolled import Descending, iterates, over_iterates, smooth_sign, through_smooth_steps
 
@@ -77,11 +77,14 @@ def test_the_smooth_gradient_is_that_of_the_whole_unrolled_purification(name: st
     images = IMAGES.double()
     value, gradient = through_smooth_steps(purifier, classifier, LABELS, sharpness=2.0)(images)
 
-    def loss(images: Tensor) -> Tensor:
-        purified = iterates(purifier, images, smooth_sign(2.0), checkpointed=False)[-1].detach()
-        return F.cross_entropy(classifier(purified), LABELS, reduction="none")
+    def answer(images: Tensor) -> Tensor:
+        logits: Tensor = classifier(iterates(purifier, images, smooth_sign(2.0), checkpointed=False)[-1].detach())
+        return logits
 
-    torch.testing.assert_close(value.double(), loss(images), rtol=1e-5, atol=1e-5)
+    def loss(images: Tensor) -> Tensor:
+        return F.cross_entropy(answer(images), LABELS, reduction="none")
+
+    torch.testing.assert_close(value, margin(answer(images), LABELS), rtol=1e-5, atol=1e-5)
     direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     h = 1e-6
     slopes = (loss(images + h * direction) - loss(images - h * direction)) / (2 * h)
@@ -93,7 +96,7 @@ def test_over_iterates_is_the_mean_of_bpda_at_each() -> None:
     seen = iterates(purifier, IMAGES)
     value, gradient = over_iterates(purifier, classifier, LABELS)(IMAGES)
     torch.testing.assert_close(gradient, torch.stack([loss_gradient(classifier, x, LABELS) for x in seen]).mean(0))
-    torch.testing.assert_close(value, cross_entropy(classifier, seen[-1], LABELS).detach())
+    torch.testing.assert_close(value, margin(classifier(seen[-1]), LABELS).detach())
 
 
 @pytest.mark.parametrize("purifier", [aid_purifier(), zeropur()], ids=["aid", "zeropur"])
@@ -101,7 +104,7 @@ def test_both_attacks_raise_the_loss_behind_the_real_purifier(purifier: Descendi
     classifier, threat = tiny_classifier(), Linf(0.05)
 
     def loss(images: Tensor) -> float:
-        return cross_entropy(classifier, purifier(images, range(4)), LABELS).mean().item()
+        return cross_entropy(classifier(purifier(images, range(4))), LABELS).mean().item()
 
     for objective in (
         over_iterates(purifier, classifier, LABELS),
