@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
+SHIPPED = sorted(path.parent for path in (ROOT / "models/bundles").glob("*/*/bundle.json"))
 BLOCKS = [
     pytest.param(block, id=f"{page}-{index}")
     for page in ("README.md", "models/README.md")
@@ -33,10 +34,17 @@ def test_every_link_leads_to_a_file(page: str) -> None:
     assert all(((ROOT / page).parent / link).exists() for link in links)
 
 
-def test_the_accuracy_table_is_the_report_of_the_shipped_bundle() -> None:
-    report = json.loads((ROOT / "models/bundles/cifar10/1/report.json").read_text())
+def test_every_shipped_bundle_has_a_table() -> None:
+    assert len(SHIPPED) == (ROOT / "README.md").read_text().count("\nThe shipped bundle `")
+
+
+@pytest.mark.parametrize("directory", SHIPPED, ids=lambda path: path.parent.name)
+def test_the_accuracy_table_is_the_report_of_the_shipped_bundle(directory: Path) -> None:
+    report = json.loads((directory / "report.json").read_text())
+    _, _, after = (ROOT / "README.md").read_text().partition(f"\nThe shipped bundle `{directory.parent.name}@")
+    section = after.partition("\nThe shipped bundle `")[0]
     rows = {"undefended": report["undefended"], **report["defenses"], **report["grey_box_only"]}
-    printed = dict(re.findall(r"^\| `?([a-z0-9:]+)`? \| (\d.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE))
+    printed = dict(re.findall(r"^\| `?([a-z0-9:]+)`? \| (\d.*) \|$", section, re.MULTILINE))
 
     assert printed.keys() == rows.keys()
     for name, row in rows.items():
