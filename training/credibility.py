@@ -130,8 +130,8 @@ def order_of_attacks(
     """Stronger attackers must not do worse. All masks say which of the same images withstood, (N,).
 
     Compared is with the strongest single attack that knows the defense, image by image: a sign test over those that
-    withstood one and not the other. All such attacks together would be no match: each has draws of its own, and by
-    chance alone few images withstand many draws.
+    withstood one and not the other. All such attacks together would be no match where the defense draws: each has draws
+    of its own, and by chance alone few images withstand many.
     """
     white_box = [mask for name, mask in right.items() if levels[name] in ("L2", "L3", "L4")]
     if not white_box:

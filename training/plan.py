@@ -38,8 +38,8 @@ from training.budgets import Budget, Effort
 
 RELATIVE_STEP = 0.007 / (8 / 255)
 """Step of our attacks as a share of their budget: that of Lee & Kim (2023) at 8/255."""
-SMOOTH_PASSES = 5
-"""A gradient through unrolled steps costs about as much as so many purifications."""
+SMOOTH_PASSES = 6
+"""A gradient through unrolled steps, and an answer, cost about as much as so many purifications."""
 DLR_CLASSES = 3
 """The difference-of-logits ratio is not defined for fewer."""
 TRANSFER_STEPS = 40
@@ -208,10 +208,11 @@ class Planner:
     ) -> list[Attack]:
         """Projected ascent from the image itself; nothing for no steps. `look` is the work of one gradient.
 
-        It keeps the iterate of the highest objective, as Auto-PGD does, which takes one more look.
+        Few steps are larger, so that together they could cross the ball. It keeps the iterate of the highest value, as
+        Auto-PGD does, which takes one more look.
         """
         threat = threat or Linf(self.eps)
-        step_size = RELATIVE_STEP * threat.eps
+        step_size = max(RELATIVE_STEP, min(1.0, 2 / max(1, steps))) * threat.eps
 
         def seen(numbers: Sequence[int]) -> Looks:
             return looks(derive_seed(self.seed, "attack", name), numbers)
@@ -248,7 +249,8 @@ class Planner:
                 is_random=subject.defended.is_random,
             )
 
-        settings = {"steps": effort.apgd_steps, "draws": draws}
+        kept = "highest loss" if subject.defended.is_random else "misclassified"
+        settings = {"steps": effort.apgd_steps, "draws": draws, "keep": kept}
         work = Work(looks=effort.apgd_steps * draws)
         return Attack(f"apgd_{loss}", "L3", settings, effort.images, run, threat, work)
 
@@ -267,10 +269,9 @@ class Planner:
                 looks=SameLook,
             )
         chain = subject.purifiers
-        for gate in chain:
-            if isinstance(gate, GatePurifier):
-                found += self.past(gate, effort)
-                chain = [*gate.cheap, *gate.strong]  # an image may also stay a suspect, and beat the strong chain
+        if len(chain) == 1 and isinstance(chain[0], GatePurifier):  # `auto` always stands alone
+            found += self.past(chain[0], effort)
+            chain = list(chain[0].strong)  # an image may also stay a suspect, and beat what suspects meet
         for purifier in chain:
             for weight in effort.aware_weights:
                 found += self.aware(purifier, weight, effort)
@@ -353,7 +354,7 @@ class Planner:
             )
 
         work = Work(answers=1 + effort.square_queries * looks)
-        settings = {"queries": effort.square_queries, "looks": looks}
+        settings = {"queries": effort.square_queries, "looks": looks, "goes_on": defended.is_random}
         return Attack("square", "L5", settings, effort.images, run, threat, work)
 
     def transferred(self, name: str, other: Bundle, effort: Effort) -> Attack:

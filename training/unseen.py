@@ -11,7 +11,7 @@ from models.randomness import derive_seed
 from training import grey_box
 from training.attacks import by_autoattack, gradients
 from training.attacks.looks import Looks, Oracle, SameLook
-from training.attacks.stadv import stadv
+from training.attacks.stadv import confidence, stadv
 from training.attacks.threats import L2, Linf, Threat
 from training.budgets import FurtherAttack
 from training.plan import Attack, Planner, Subject, Work
@@ -61,7 +61,7 @@ def moved(planner: Planner, subject: Subject, name: str, count: int, steps: int,
         looks = Looks(derive_seed(planner.seed, "stadv"), numbers)
         return stadv(subject.defended, images, labels, looks, steps=steps, draws=draws)
 
-    settings = {"steps": steps, "draws": draws}
+    settings = {"steps": steps, "draws": draws, "confidence": confidence(subject.defended)}
     return Attack(name, "L6", settings, count, run, None, Work(looks=steps * draws))
 
 
@@ -109,7 +109,8 @@ def rand(planner: Planner, subject: Subject, wanted: FurtherAttack, threat: Linf
             is_random=subject.defended.is_random,
         )
 
-    settings = wanted.model_dump(include={"attack", "norm", "eps", "steps"}) | {"draws": draws}
+    kept = "highest loss" if subject.defended.is_random else "misclassified"
+    settings = wanted.model_dump(include={"attack", "norm", "eps", "steps"}) | {"draws": draws, "keep": kept}
     work = Work(looks=2 * wanted.steps * draws)
     return Attack(wanted.name, "L6", settings, wanted.images, run, threat, work)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from models import Bundle, Manifest, load_bundle
@@ -21,6 +21,7 @@ from models.defense import DefendedClassifier
 from models.manifest import ClassifierSpec, Defenses
 from models.randomness import derive_seed
 from tests.fakes import color_classifier, linear_classifier, linear_problem, smooth_classifier
+from tests.networks import with_auto
 from tests.training.tiny import CLASSES, RECIPES, SIDE, Workshop, color_set
 from training.__main__ import main
 from training.attacks import by_foolbox
@@ -71,6 +72,27 @@ def report_of(workshop: Workshop) -> dict[str, Any]:
 
 
 # Numbers
+
+
+class Detached(nn.Module):
+    """A purifier that hands no gradient back."""
+
+    is_random = False
+
+    def forward(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        return images.detach()
+
+
+def test_a_defense_without_a_gradient_is_measured_and_called_not_credible(finished: Workshop, tmp_path: Path) -> None:
+    bundle = load_bundle(finished.bundle)
+    evaluation = evaluation_of(bundle, color_set(20), tmp_path)
+    broken = Subject("atop", DefendedClassifier(bundle.classifier, [Detached()]))
+
+    report = measure(evaluation, broken).report
+
+    assert report["worst_case"]["n"] > 0
+    assert not report["credible"]
+    assert "100% of the input gradients are exactly zero" in report["reasons"]
 
 
 def test_the_accuracy_of_a_classifier_with_known_answers_is_right(tmp_path: Path) -> None:
@@ -336,6 +358,8 @@ def test_every_kind_of_defense_meets_the_attacks_that_are_made_for_it(finished: 
     assert names(bundle, "aid,zeropur")["L4"] == {"aware_aid_1", "aware_zeropur_1"}
     assert names(bundle, "atop,aid")["L4"] == {"fixed_look", "aware_aid_1"}
     assert names(bundle, "auto")["L4"] == {"past_gate", "aware_zeropur_1", *steps}
+    behind_atop = with_auto(bundle, 0.5, cheap="atop")
+    assert names(behind_atop, "auto")["L4"] == {"past_gate", "aware_zeropur_1", "fixed_look", *steps}
 
 
 def test_a_chain_that_descends_and_draws_is_attacked_over_its_draws(finished: Workshop) -> None:
@@ -499,23 +523,21 @@ def test_a_sign_test_compares_a_defense_with_its_static_model() -> None:
 def test_a_gate_names_every_defense_that_is_too_weak_or_not_credible() -> None:
     strong = {"worst_case": binomial(50, 100), "credible": True, "reasons": []}
     doubted = {**strong, "credible": False, "reasons": ["its gradient is zero"]}
-    report = {"defenses": {"a": strong, "b": doubted}, "recipe": {"defenses": []}}
+    report = {"defenses": {"a": strong, "b": doubted}, "grey_box_only": {}, "recipe": {"grey_box_only": []}}
     assert below(report, 0.5) == ["b: not credible: its gradient is zero"]
     assert below(report, 0.6)[:2] == [
         "a: the worst case is 0.5000, below 0.6",
         "b: the worst case is 0.5000, below 0.6",
     ]
-    assert below({"defenses": {"a": strong}, "recipe": {"defenses": ["a"]}}, 0.5) == []
+    assert below({**report, "defenses": {"a": strong}}, 0.5) == []
 
 
 def test_a_gate_is_not_passed_by_what_was_not_measured() -> None:
     strong = {"worst_case": binomial(50, 100), "credible": True, "reasons": []}
-    assert below({"defenses": {"a": strong}, "recipe": {"defenses": ["a", "b"]}}, 0.5) == [
-        "b: no attack that knows it was run"
-    ]
-    for asked in ([], ["none"]):
-        report = {"defenses": {}, "recipe": {"defenses": asked}}
-        assert below(report, 0.5) == ["no defense has a worst case in this report"]
+    beside = {"grey_box_only": {"b": {}, "c": {}}, "recipe": {"grey_box_only": ["c"]}}
+    assert below({"defenses": {"a": strong}, **beside}, 0.5) == ["b: no attack that knows it was run"]
+    nothing = {"defenses": {}, "grey_box_only": {"c": {}}, "recipe": {"grey_box_only": ["c"]}}
+    assert below(nothing, 0.5) == ["no defense has a worst case in this report"]
 
 
 # The whole

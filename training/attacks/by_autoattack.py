@@ -44,9 +44,8 @@ class _Attacked(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         plain: Tensor = _PlainLayout.apply(images)  # type: ignore[no-untyped-call]
         logits: Tensor = self.model(plain)
-        if images.requires_grad and not logits.requires_grad:  # no gradient comes back: then it is zero
-            return logits + 0 * plain.flatten(1).sum(1, keepdim=True)
-        return logits
+        # Where no gradient comes back through the model, it is zero.
+        return logits + 0 * plain.flatten(1).sum(1, keepdim=True) if images.requires_grad else logits
 
 
 class _Persistent(SquareAttack):  # type: ignore[misc]

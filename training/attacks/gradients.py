@@ -78,7 +78,8 @@ def past_the_gate(
     """The attack on `auto`, which meets two ends at once: AID lets an image pass, and what it then meets is wrong.
 
     The objective is the lesser of their margins, in logits, so each step is for the end that is farther off, and it is
-    positive where both are met (selective PGD, Bryniarski et al., 2022). `passed` is the cheap chain.
+    positive where both are met; after selective PGD (Bryniarski et al., 2022), which turns to the detector once the
+    classifier is fooled. `passed` is the cheap chain.
     """
     fooling = through(passed, labels, looks, draws=draws, loss=margin)
     threshold = float(torch.tensor(gate.threshold, dtype=torch.float64).logit(eps=NEAR_CERTAIN))

@@ -17,7 +17,7 @@ from training.attacks.threats import Linf, Threat
 
 Model = Callable[[Tensor], Tensor]
 Objective = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""What the attacker wants to be large, at images (N, 3, H, W): its value, (N,), and its gradient, image by image."""
+"""At images (N, 3, H, W): the value by which iterates are ranked, (N,), and the gradient to climb, image by image."""
 
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -97,7 +97,7 @@ def ascend(
         value, gradient = objective(moved)
         best = torch.where((value > highest).view(-1, 1, 1, 1), moved, best)
         highest = torch.fmax(highest, value)
-        moved = threat.project(threat.move(moved, gradient.nan_to_num(0.0), step_size), images)
+        moved = threat.project(threat.move(moved, gradient.nan_to_num(0.0, 0.0, 0.0), step_size), images)
     if keep == "last":
         return moved
     value, _ = objective(moved)

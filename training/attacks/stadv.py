@@ -33,7 +33,7 @@ def stadv(
     The loss is that of Carlini & Wagner plus a penalty on neighbors that move apart; with randomness it is the mean of
     `draws` looks. An image keeps the flow of its largest margin.
     """
-    draws, enough = (draws, CONFIDENCE) if defended.is_random else (1, 0.0)
+    draws, enough = draws if defended.is_random else 1, confidence(defended)
     count, _, height, width = images.shape
     straight = F.affine_grid(torch.eye(2, 3, device=images.device).expand(count, 2, 3), [*images.shape], False)
     generator = generator_for(looks.seed, "flow")
@@ -55,6 +55,11 @@ def stadv(
         with torch.no_grad():
             flow.clamp_(-bound, bound)
     return best
+
+
+def confidence(defended: DefendedClassifier) -> float:
+    """The margin at which an image is left alone."""
+    return CONFIDENCE if defended.is_random else 0.0
 
 
 def bent(images: Tensor, straight: Tensor, flow: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from models.aid import AidPurifier
 from models.blur import blur
 from models.gradients import ball
 from models.zeropur import ZeroPurPurifier, dot, l1_normalized
-from training.attacks.pgd import Model, Objective, classified
+from training.attacks.pgd import Model, Objective, classified, margin
 from training.attacks.threats import TINY
 
 Sign = Callable[[Tensor], Tensor]
@@ -149,9 +149,17 @@ def over_iterates(purifier: Descending, classifier: Model, labels: Tensor) -> Ob
 
 
 def through_smooth_steps(purifier: Descending, classifier: Model, labels: Tensor, *, sharpness: float) -> Objective:
-    """The gradient through the whole unrolled purification with tanh in the place of every sign."""
+    """The gradient through the whole unrolled purification with tanh in the place of every sign.
 
-    def smooth(images: Tensor) -> Tensor:
-        return classifier(iterates(purifier, images, smooth_sign(sharpness))[-1])
+    Its value is the margin behind the real purification.
+    """
 
-    return classified(smooth, labels)
+    copy = classified(lambda x: classifier(iterates(purifier, x, smooth_sign(sharpness))[-1]), labels)
+
+    def at(images: Tensor) -> tuple[Tensor, Tensor]:
+        _, gradient = copy(images)
+        with torch.no_grad():
+            answer = classifier(iterates(purifier, images)[-1])
+        return margin(answer, labels), gradient
+
+    return at

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from models.defense import DefendedClassifier
-from tests.networks import SIZE, tiny_classifier
+from tests.networks import SIZE, sensitive, tiny_classifier
 from training.attacks.looks import Looks
 from training.attacks.pgd import margin
 from training.attacks.stadv import bent, stadv, unevenness
@@ -27,6 +30,26 @@ def test_a_shift_is_even_and_a_tear_is_not() -> None:
     torch.testing.assert_close(
         unevenness(tear) - unevenness(shift), torch.full((4,), (SIZE - 1) * 0.02 * 2**0.5), atol=2e-3, rtol=0
     )
+
+
+class Same(nn.Module):
+    """Calls itself random and is not."""
+
+    is_random = True
+
+    def forward(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        return images
+
+
+def test_what_fools_a_random_defense_barely_is_pushed_on() -> None:
+    classifier = sensitive(tiny_classifier(), IMAGES)
+    wrong = (classifier(IMAGES).argmax(1) + 1) % 4  # every margin is positive from the start
+    plain, called_random = (DefendedClassifier(classifier, chain) for chain in ([], [Same()]))
+    stopped, went_on = (
+        margin(classifier(stadv(defended, IMAGES, wrong, Looks(0, range(4)), steps=20)), wrong)
+        for defended in (plain, called_random)
+    )
+    assert (went_on > stopped).all()
 
 
 def test_it_raises_the_margin_by_moving_pixels_no_further_than_the_bound() -> None:

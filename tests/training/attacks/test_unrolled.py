@@ -77,14 +77,11 @@ def test_the_smooth_gradient_is_that_of_the_whole_unrolled_purification(name: st
     images = IMAGES.double()
     value, gradient = through_smooth_steps(purifier, classifier, LABELS, sharpness=2.0)(images)
 
-    def answer(images: Tensor) -> Tensor:
-        logits: Tensor = classifier(iterates(purifier, images, smooth_sign(2.0), checkpointed=False)[-1].detach())
-        return logits
-
     def loss(images: Tensor) -> Tensor:
-        return F.cross_entropy(answer(images), LABELS, reduction="none")
+        purified = iterates(purifier, images, smooth_sign(2.0), checkpointed=False)[-1].detach()
+        return F.cross_entropy(classifier(purified), LABELS, reduction="none")
 
-    torch.testing.assert_close(value, margin(answer(images), LABELS), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(value, margin(classifier(iterates(purifier, images)[-1]), LABELS), rtol=1e-5, atol=1e-5)
     direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     h = 1e-6
     slopes = (loss(images + h * direction) - loss(images - h * direction)) / (2 * h)
