@@ -31,11 +31,12 @@ from training.data import DataError, load_split
 from training.evaluation import Evaluation, clean_work, fitted, planned, weights_of
 from training.forecast import forecast
 from training.pictures import Picture, pictures
-from training.plan import DLR_CLASSES, GROUPS, Subject
+from training.plan import DLR_CLASSES
 from training.progress import Progress
 from training.provenance import hardware, library_versions
 from training.report import page
 from training.statistics import against_static, binomial, detection
+from training.subject import GROUPS, Subject
 from training.unseen import curve_points
 
 COST_BATCH = 32

@@ -18,9 +18,10 @@ from models.randomness import derive_seed
 from training.attacks.threats import assert_in_budget
 from training.config import EvaluateRecipe, RecipeError
 from training.data import ImageSet, in_batches, to_float
-from training.plan import Attack, Planner, Subject
+from training.plan import Planner
 from training.progress import Progress
 from training.provenance import git_commit
+from training.subject import Attack, Subject
 from training.unseen import requested, unseen
 
 

@@ -10,7 +10,7 @@ from models.manifest import AutoPreset
 from training.attacks.gradients import through
 from training.attacks.looks import Looks
 from training.evaluation import Evaluation, clean_work, fitted, planned
-from training.plan import GROUPS, Subject
+from training.subject import GROUPS, Subject
 from training.unseen import curve_points
 
 

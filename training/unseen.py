@@ -14,7 +14,8 @@ from training.attacks.looks import Looks, Oracle, SameLook
 from training.attacks.stadv import confidence, stadv
 from training.attacks.threats import L2, Linf, Threat
 from training.budgets import FurtherAttack
-from training.plan import Attack, Planner, Subject, Work
+from training.plan import Planner
+from training.subject import Attack, Subject, Work
 
 OTHER_BUDGETS = (0.5, 2.0)
 STADV_STEPS = 100
@@ -109,8 +110,8 @@ def rand(planner: Planner, subject: Subject, wanted: FurtherAttack, threat: Linf
             is_random=subject.defended.is_random,
         )
 
-    kept = "highest loss" if subject.defended.is_random else "misclassified"
-    settings = wanted.model_dump(include={"attack", "norm", "eps", "steps"}) | {"draws": draws, "keep": kept}
+    keep = by_autoattack.keeps(subject.defended.is_random)
+    settings = wanted.model_dump(include={"attack", "norm", "eps", "steps"}) | {"draws": draws, "keep": keep}
     work = Work(looks=2 * wanted.steps * draws)
     return Attack(wanted.name, "L6", settings, wanted.images, run, threat, work)
 

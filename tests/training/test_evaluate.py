@@ -31,10 +31,11 @@ from training.data import ImageSet
 from training.evaluate import Entry, aid_scores, cost, evaluate, measure, with_variants
 from training.evaluation import Evaluation, every_level, head
 from training.forecast import behind_the_gate, forecast
-from training.plan import Planner, Subject
+from training.plan import Planner
 from training.progress import Progress
 from training.report import below, table
 from training.statistics import against_static, auroc, binomial, detection
+from training.subject import Subject
 from training.unseen import requested
 
 

@@ -130,6 +130,11 @@ def apgd(
     return found.detach()
 
 
+def keeps(is_random: bool) -> str:
+    """What `apgd` hands back, in a word, for a report's settings."""
+    return "highest loss" if is_random else "misclassified"
+
+
 def rand(
     model: nn.Module,
     images: Tensor,

@@ -95,8 +95,9 @@ def ascend(
     highest = torch.full((len(start),), -torch.inf, device=start.device)
     for _ in range(steps):
         value, gradient = objective(moved)
-        best = torch.where((value > highest).view(-1, 1, 1, 1), moved, best)
-        highest = torch.fmax(highest, value)
+        if keep == "highest":
+            best = torch.where((value > highest).view(-1, 1, 1, 1), moved, best)
+            highest = torch.fmax(highest, value)
         moved = threat.project(threat.move(moved, gradient.nan_to_num(0.0, 0.0, 0.0), step_size), images)
     if keep == "last":
         return moved
