@@ -291,6 +291,11 @@ class Manifest(Strict):
         return self
 
     @property
+    def weights(self) -> dict[str, str]:
+        """The sha256 of every file of weights."""
+        return {name: sha256 for name, sha256 in self.files.items() if name.endswith(".safetensors")}
+
+    @property
     def aid_threshold(self) -> float | None:
         """The score below which an image is suspicious; None without AID."""
         return None if self.defenses.aid is None else self.defenses.aid.threshold

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from models import BundleError, UnknownDefense
+from models import BundleError, UnknownDefense, load_bundle
 from models.manifest import Strict
 from training.budgets import BUDGETS
 from training.config import (
@@ -22,6 +22,7 @@ from training.config import (
     PretrainRecipe,
     RecipeError,
     read_recipe,
+    recipe_of,
 )
 from training.data import DataError
 from training.runs import RunError
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         instead = {name: getattr(options, name, None) for name in ("budget", "defenses")}
         if instead["defenses"]:
             instead["grey_box_only"] = ()
-        recipe = read_recipe(options.recipe, RECIPES[options.command], data_source=options.data, **instead)
+        recipe = recipe_for(options, instead)
         print(recipe.model_dump_json(indent=2) if options.dry_run else run_command(recipe, options))
     except GateError as error:
         print(error, file=sys.stderr)
@@ -55,6 +56,18 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     return 0
+
+
+def recipe_for(options: argparse.Namespace, instead: dict[str, Any]) -> Strict:
+    """The recipe's file, or for `evaluate` without one what the bundle says of itself.
+
+    Raises RecipeError, and BundleError for a bundle that cannot be loaded.
+    """
+    if options.recipe is not None:
+        return read_recipe(options.recipe, RECIPES[options.command], data_source=options.data, **instead)
+    if options.data is None:
+        raise RecipeError("evaluate needs --recipe FILE, or --data FOLDER for every defense of the bundle")
+    return recipe_of(load_bundle(options.bundle).manifest, options.data, **instead)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -66,7 +79,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         command = commands.add_parser(
             name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
-        command.add_argument("--recipe", type=Path, required=True, help="a TOML file, see training/recipes/")
+        optional = "; without one, every defense of the bundle on --data" if name == "evaluate" else ""
+        help_text = f"a TOML file, see training/recipes/{optional}"
+        command.add_argument("--recipe", type=Path, required=name != "evaluate", help=help_text)
         command.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
         command.set_defaults(data=None)
         command.add_argument("--runs", type=Path, default=Path("runs"), help="where run directories are")

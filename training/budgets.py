@@ -17,8 +17,9 @@ class FurtherAttack(Strict):
     """An attack on the whole defense that a recipe asks for beside its budget's; it stays out of the worst case."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
-    attack: Literal["pgd", "bpda", "rand", "stadv"]
-    """Full gradient or BPDA with EOT, the two attacks of AutoAttack `rand`, or moved pixels."""
+    attack: Literal["pgd", "bpda", "rand", "stadv", "aware_aid"]
+    """Full gradient or BPDA with EOT, the two attacks of AutoAttack `rand`, moved pixels, or PGD on the classifier that
+    looks natural to AID, without purification, as in AID's Appendix E."""
     norm: Literal["linf", "l2"] | None = None
     eps: PositiveFloat | None = None
     """The ball of `norm`; `stadv` has neither, its bound is on how far pixels move."""
@@ -26,6 +27,8 @@ class FurtherAttack(Strict):
     draws: PositiveInt
     """Over which the gradient of a random defense is averaged."""
     images: PositiveInt
+    weight: PositiveFloat | None = None
+    """Of `aware_aid`, which alone has one: how much looking natural counts beside fooling the classifier."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -33,7 +36,11 @@ class FurtherAttack(Strict):
             raise ValueError(f"{self.name} is no attack")
         given = {self.norm is not None, self.eps is not None}
         if given != {self.attack != "stadv"}:
-            raise ValueError(f"{self.name}: pgd, bpda and rand have a norm and an eps, stadv has neither")
+            raise ValueError(f"{self.name}: every attack but stadv has a norm and an eps, stadv has neither")
+        if (self.weight is not None) != (self.attack == "aware_aid"):
+            raise ValueError(f"{self.name}: aware_aid has a weight, and no other attack")
+        if self.attack == "aware_aid" and self.draws > 1:
+            raise ValueError(f"{self.name}: aware_aid asks nothing that draws, so its draws are 1")
         return self
 
 
@@ -106,7 +113,7 @@ BUDGETS: dict[BudgetName, Budget] = {
             full_draws=4,
             apgd_steps=20,
             apgd_draws=4,
-            square_queries=150,
+            square_queries=75,
             aware_steps=10,
             curve_images=32,
             curve_eps=(0.5, 1.0, 2.0),
@@ -122,7 +129,6 @@ BUDGETS: dict[BudgetName, Budget] = {
             square_queries=10,
             aware_steps=20,
             iterate_steps=3,
-            smooth_steps=1,
         ),
     ),
     "standard": Budget(

@@ -25,6 +25,7 @@ from models.manifest import (
     AnyInpainterSpec,
     AtopPreset,
     Fraction,
+    Manifest,
     Strict,
     ZeroPurPreset,
     size_multiple,
@@ -305,12 +306,41 @@ def read_recipe(path: Path, kind: type[AnyRecipe], *, data_source: str | None = 
     """
     try:
         fields = tomllib.loads(path.read_text())
-        if data_source is not None and isinstance(fields.get("data"), dict):
-            fields["data"]["source"] = data_source
-        fields |= {name: value for name, value in instead.items() if value is not None}
-        return kind.model_validate(fields)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"{path}: {error}") from error
+    if data_source is not None and isinstance(fields.get("data"), dict):
+        fields["data"]["source"] = data_source
+    return valid(fields, kind, str(path), instead)
+
+
+def recipe_of(manifest: Manifest, data_source: str, **instead: object) -> EvaluateRecipe:
+    """What `evaluate` measures where no recipe says it: every defense, on the test split that the bundle's runs name.
+
+    Without their provenance it is the split `test`. Raises RecipeError for fields that are out of range.
+    """
+    height, width = manifest.input_size
+    if height != width:
+        raise RecipeError(f"{manifest.name}@{manifest.version} takes images of {width}x{height}, and data are square")
+    data = {"name": manifest.name, "input_size": width, **trained_on(manifest), "source": data_source}
+    return valid({"data": data}, EvaluateRecipe, f"{manifest.name}@{manifest.version}", instead)
+
+
+def trained_on(manifest: Manifest) -> Mapping[str, object]:
+    """The data recipe of the runs that a bundle was exported from; empty where its provenance names none."""
+    match manifest.provenance:
+        case {"runs": {**runs}}:
+            for run in runs.values():
+                match run:
+                    case {"recipe": {"data": {**data}}}:
+                        return {str(name): value for name, value in data.items()}
+    return {}
+
+
+def valid(fields: dict[str, Any], kind: type[AnyRecipe], where: str, instead: Mapping[str, object]) -> AnyRecipe:
+    """The recipe of these fields, and those of `instead` that are given; raises RecipeError, naming `where`."""
+    given = {name: value for name, value in instead.items() if value is not None}
+    try:
+        return kind.model_validate({**fields, **given})
     except ValidationError as error:
         wrong = [f"  {'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors()]
-        raise RecipeError("\n".join([f"{path} is not a valid {kind.__name__}:", *wrong])) from error
+        raise RecipeError("\n".join([f"{where} is not a valid {kind.__name__}:", *wrong])) from error

@@ -28,7 +28,7 @@ from training.attacks.looks import Looks
 from training.attacks.threats import Linf
 from training.config import EvaluateRecipe, RecipeError
 from training.data import DataError, load_split
-from training.evaluation import Evaluation, clean_work, fitted, planned, weights_of
+from training.evaluation import Evaluation, clean_work, fitted, planned
 from training.forecast import forecast
 from training.pictures import Picture, pictures
 from training.plan import DLR_CLASSES
@@ -40,7 +40,7 @@ from training.subject import GROUPS, Subject
 from training.unseen import curve_points
 
 COST_BATCH = 32
-COST_REPEATS = 5
+COST_REPEATS = 3
 HEALTH_IMAGES = 16
 PICTURES = 6
 AUTOATTACK_CLASSES = 4
@@ -153,7 +153,7 @@ def doubts(
 
 
 def cost(evaluation: Evaluation, subject: Subject) -> float:
-    """Time of defended over undefended inference, for a batch of clean images: the best of five runs of each, in turn.
+    """Time of defended over undefended inference, for a batch of clean images: the best of three runs of each, in turn.
 
     What `auto` finds suspicious costs its strong chain, and few clean images are.
     """
@@ -227,7 +227,7 @@ def evaluate(
         "transfer_from": sorted(evaluation.transfer),
         "data_sha256": evaluation.data_sha256,
         "data_encodings": list(evaluation.data.encodings),
-        "weights_sha256": weights_of(evaluation.bundle),
+        "weights_sha256": evaluation.bundle.manifest.weights,
         "git_commit": evaluation.commit,
         "findings_of_commits": sorted({found["commit"] for found in evaluation.used}),
         "attacks_s": round(sum(found["wall_s"] for found in evaluation.used), 1),
@@ -295,6 +295,8 @@ def prepare(recipe: EvaluateRecipe, directory: Path, device: torch.device, runs:
         )
     if any(attack.attack == "rand" for attack in recipe.further) and len(bundle.classes) < DLR_CLASSES:
         raise DataError(f"AutoAttack rand needs {DLR_CLASSES} classes, and this bundle has {len(bundle.classes)}")
+    if any(attack.attack == "aware_aid" for attack in recipe.further) and bundle.aid is None:
+        raise RecipeError("aware_aid among further attacks is for a bundle that offers aid")
     data = load_split(recipe.data, recipe.data.test_split)
     for other in (bundle, *others.values()):
         if data.classes != other.classes or tuple(data.images.shape[2:]) != other.input_size:

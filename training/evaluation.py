@@ -50,7 +50,7 @@ class Evaluation:
     def identity(self) -> dict[str, object]:
         """What every finding depends on."""
         return {
-            "weights": weights_of(self.bundle),
+            "weights": self.bundle.manifest.weights,
             "classifier": self.bundle.manifest.classifier.model_dump(mode="json"),
             "data": self.data.fingerprint(),
             "seed": self.recipe.seed,
@@ -79,8 +79,8 @@ class Evaluation:
     def planner(self) -> Planner:
         """Who decides which attacks are run."""
         recipe = self.recipe
-        classes = len(self.bundle.classes)
-        return Planner(self.bundle.classifier, recipe.effort, recipe.eps, recipe.seed, self.transfer, classes)
+        bundle, classes = self.bundle, len(self.bundle.classes)
+        return Planner(bundle.classifier, recipe.effort, recipe.eps, recipe.seed, self.transfer, classes, bundle.aid)
 
     # --- one image after the other
 
@@ -160,11 +160,6 @@ class Evaluation:
 def key_of(attack: Attack) -> dict[str, object]:
     """What an attack's findings depend on, beside the bundle and the images."""
     return {"attack": attack.name, "settings": dict(attack.settings)}
-
-
-def weights_of(bundle: Bundle) -> dict[str, str]:
-    """The sha256 of every file of weights."""
-    return {name: sha256 for name, sha256 in bundle.manifest.files.items() if name.endswith(".safetensors")}
 
 
 def head(data: ImageSet, count: int) -> ImageSet:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from models.manifest import AutoPreset
 from training.attacks.gradients import through
 from training.attacks.looks import Looks
-from training.evaluation import Evaluation, clean_work, fitted, planned
-from training.subject import GROUPS, Subject
+from training.evaluation import Evaluation, clean_work, fitted, key_of, planned
+from training.subject import GROUPS, Subject, Work
 from training.unseen import curve_points
 
 
@@ -21,19 +21,20 @@ def forecast(evaluation: Evaluation, subjects: Sequence[Subject]) -> str:
     """
     levels = ["L0", *GROUPS]
     lines = [f"{'minutes, about':<18}" + "".join(f"{level:>8}" for level in levels) + f"{'all':>8}"]
-    total = 0.0
+    total, made = 0.0, set[str]()
     bare = unit_times(evaluation, subjects[0]).gradient
     for subject in subjects:
         times, seconds = unit_times(evaluation, behind_the_gate(evaluation, subject)), dict.fromkeys(levels, 0.0)
         count, draws = clean_work(evaluation, subject)
         seconds["L0"] = count * draws * times.answer
         curved = {} if subject.name in evaluation.recipe.grey_box_only else curve_points(evaluation.planner(), subject)
-        points = [attack for axis in curved.values() for _, attack in axis]
-        for attack in [*planned(evaluation, subject), *(fitted(attack, len(evaluation.data)) for attack in points)]:
-            work = attack.work
-            own = 0.0 if attack.shared and subject.purifiers else work.bare * bare
-            own += work.looks * times.gradient + work.answers * times.answer
+        points = [fitted(attack, len(evaluation.data)) for axis in curved.values() for _, attack in axis]
+        attacks = {str(key_of(attack)): attack for attack in (*planned(evaluation, subject), *points)}
+        for known, attack in attacks.items():
+            work = Work(answers=1) if attack.shared and known in made else attack.work  # the verdict alone
+            own = work.bare * bare + work.looks * times.gradient + work.answers * times.answer
             seconds[attack.level] += attack.images * own
+        made |= attacks.keys()
         total += sum(seconds.values())
         cells = [*seconds.values(), sum(seconds.values())]
         lines.append(f"{subject.name:<18}" + "".join(f"{value / 60:>8.1f}" for value in cells))

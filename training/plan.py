@@ -15,13 +15,13 @@ Levels L1 to L5 share one threat model, so the worst of them, image by image, is
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from models.aid import AidPurifier
+from models.aid import Aid, AidPurifier
 from models.atop import AtopPurifier
 from models.bundle import Bundle
 from models.classifiers import Classifier
@@ -62,6 +62,8 @@ class Planner:
     transfer: Mapping[str, Bundle]
     """Others, by `name@version`, whose classifiers' adversarial images are tried here too."""
     classes: int
+    aid: Aid | None = None
+    """The bundle's discriminator, for attacks on it and the classifier alone."""
 
     def effort(self, subject: Subject) -> Effort:
         """What the attacks on this defense may spend.
@@ -220,7 +222,7 @@ class Planner:
         steps = effort.aware_steps
         if isinstance(purifier, AidPurifier):
             aid = purifier.aid
-            return self.climbs(
+            found = self.climbs(
                 f"aware_aid_{weight:g}",
                 "L4",
                 effort,
@@ -228,9 +230,10 @@ class Planner:
                 lambda labels, looks: gradients.while_natural(aid, labels, weight=weight),
                 Work(bare=2, answers=0),
             )
+            return for_all_that_have(purifier, found)
         if isinstance(purifier, ZeroPurPurifier):
             spec = purifier.preset.blur
-            return self.climbs(
+            found = self.climbs(
                 f"aware_zeropur_{weight:g}",
                 "L4",
                 effort,
@@ -238,6 +241,7 @@ class Planner:
                 lambda labels, looks: gradients.while_aligned(self.classifier, spec, labels, weight=weight),
                 Work(bare=3, answers=0),
             )
+            return for_all_that_have(purifier, found)
         return []
 
     def past(self, gate: GatePurifier, effort: Effort) -> list[Attack]:
@@ -275,7 +279,7 @@ class Planner:
             Work(answers=SMOOTH_PASSES),
             sharpness=SHARPNESS,
         )
-        return over + smooth
+        return for_all_that_have(purifier, over + smooth)
 
     def square(self, subject: Subject) -> Attack:
         """L5: random search on the whole defense; a random one answers a query with the mean of several looks."""
@@ -304,3 +308,9 @@ class Planner:
 
         work, settings = Work(bare=TRANSFER_STEPS), {"steps": TRANSFER_STEPS, "digest": other.digest}
         return Attack(f"transfer_{name}", "L5", settings, effort.images, run, threat, work, shared=True)
+
+
+def for_all_that_have(purifier: unrolled.Descending, attacks: Sequence[Attack]) -> list[Attack]:
+    """The attacks on this purifier alone, whose images serve every defense that it stands in."""
+    on = {"on": purifier.preset.model_dump(mode="json")}
+    return [replace(attack, settings={**attack.settings, **on}, shared=True) for attack in attacks]

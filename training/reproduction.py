@@ -17,7 +17,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from models.manifest import Fraction, Strict
+from models.manifest import Fraction, Manifest, Strict
 from training.config import EvaluateRecipe, RecipeError, read_recipe
 
 TABLES = Path(__file__).parent / "recipes" / "reproduction" / "tables.toml"
@@ -225,7 +225,8 @@ def commands(table: Table, rows: Sequence[Row], reports: Reports) -> list[str]:
 def report_of(runs: Path, row: Row) -> dict[str, Any] | None:
     """The report that the row's evaluation left, if it was run to its end.
 
-    Raises ValueError for one that was measured by another recipe of that name, or with other options.
+    Raises ValueError for one that was measured by another recipe of that name, with other options, or with other
+    weights than its bundle has now, if that is at hand.
     """
     path = runs / "evaluations" / row.report
     if not path.exists():
@@ -235,6 +236,9 @@ def report_of(runs: Path, row: Row) -> dict[str, Any] | None:
     wanted = recipe.model_dump(mode="json", include=SETTINGS) | {"budget": recipe.effort.model_dump(mode="json")}
     if other := [name for name, value in wanted.items() if found["recipe"].get(name) != value]:
         raise ValueError(f"{path} was not measured by {row.recipe}.toml as it is now: {', '.join(other)} differ")
+    bundle, measured = Path(row.bundle) / "bundle.json", found["recipe"]["weights_sha256"]
+    if bundle.exists() and Manifest.model_validate_json(bundle.read_bytes()).weights != measured:
+        raise ValueError(f"{path} was measured with other weights than {row.bundle} has now")
     return found
 
 

@@ -74,6 +74,7 @@ class Attack:
     """What it must keep to; None for one that has no ball."""
     work: Work
     shared: bool = False
-    """Whether it attacks the classifier alone, so that every defense is given the same images."""
+    """Whether it attacks what other defenses have too, so that each is given the same images: the bare classifier, or a
+    purifier that its settings describe."""
     known_seeds: Callable[[Sequence[int]], list[int]] | None = None
     """The randomness of the verdict, where the attacker chose it; else nobody has seen it."""

@@ -74,6 +74,8 @@ def requested(planner: Planner, subject: Subject, wanted: FurtherAttack) -> Atta
     threat = THREATS[wanted.norm](wanted.eps)
     if wanted.attack == "rand":
         return rand(planner, subject, wanted, threat)
+    if wanted.weight is not None:
+        return looking_natural(planner, subject, wanted, wanted.weight, threat)
     towards, look = {
         "pgd": (gradients.through, Work(looks=1)),
         "bpda": (gradients.around, Work(bare=1, answers=1)),
@@ -90,6 +92,25 @@ def requested(planner: Planner, subject: Subject, wanted: FurtherAttack) -> Atta
     )
     kind = {"attack": wanted.attack, "norm": wanted.norm}
     return replace(attack, images=wanted.images, settings={**attack.settings, **kind})
+
+
+def looking_natural(
+    planner: Planner, subject: Subject, wanted: FurtherAttack, weight: float, threat: Linf | L2
+) -> Attack:
+    """The auxiliary-aware attack on classifier and discriminator, whose images every defense is given."""
+    aid = planner.aid
+    assert aid is not None, "a bundle without AID is refused before anything is planned"
+    (attack,) = planner.climbs(
+        wanted.name,
+        "L6",
+        planner.effort(subject),
+        wanted.steps,
+        lambda labels, looks: gradients.while_natural(aid, labels, weight=weight),
+        Work(bare=2, answers=0),
+        threat=threat,
+    )
+    kind = {"attack": wanted.attack, "norm": wanted.norm, "weight": weight}
+    return replace(attack, images=wanted.images, settings={**attack.settings, **kind}, shared=True)
 
 
 def rand(planner: Planner, subject: Subject, wanted: FurtherAttack, threat: Linf | L2) -> Attack:
@@ -123,24 +144,21 @@ def curve_points(planner: Planner, subject: Subject) -> dict[str, list[tuple[flo
         return {}
     draws = planner.draws(subject, effort.full_draws)
 
-    def point(name: str, eps: float, steps: int) -> Attack:
+    def point(share: float, steps: int) -> Attack:
         (attack,) = planner.climbs(
-            name,
+            f"curve_eps_{share:g}_steps_{steps}",
             "L6",
             effort,
             steps,
             lambda labels, looks: gradients.through(defended, labels, looks, draws=draws),
             Work(looks=1),
-            threat=Linf(eps),
+            threat=Linf(share * planner.eps),
             draws=draws,
         )
         return replace(attack, images=effort.curve_images)
 
     usual = max(1, effort.full_steps)
     return {
-        "eps": [
-            (share * planner.eps, point(f"curve_eps_{share:g}", share * planner.eps, usual))
-            for share in effort.curve_eps
-        ],
-        "steps": [(steps, point(f"curve_steps_{steps}", planner.eps, steps)) for steps in effort.curve_steps],
+        "eps": [(share * planner.eps, point(share, usual)) for share in effort.curve_eps],
+        "steps": [(steps, point(1.0, steps)) for steps in effort.curve_steps],
     }

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models import Bundle, Manifest, load_bundle
+from models import Bundle, Manifest, load_bundle, save_bundle
 from models.classifiers import Classifier
 from models.defense import DefendedClassifier
 from models.manifest import ClassifierSpec, Defenses
@@ -363,6 +363,20 @@ def test_every_kind_of_defense_meets_the_attacks_that_are_made_for_it(finished: 
     assert names(behind_atop, "auto")["L4"] == {"past_gate", "aware_zeropur_1", "fixed_look", *steps}
 
 
+def test_an_attack_on_one_purifier_serves_every_defense_that_has_it(finished: Workshop) -> None:
+    bundle, recipe = load_bundle(finished.bundle), recipe_with()
+    planner = Planner(bundle.classifier, recipe.effort, recipe.eps, recipe.seed, {}, 3)
+
+    def shared(defense: str) -> dict[str, Any]:
+        attacks = every_level(planner, Subject(defense, bundle.defended(defense)))
+        return {attack.name: attack.settings for attack in attacks if attack.shared and attack.level == "L4"}
+
+    assert shared("zeropur").keys() == {"aware_zeropur_1", "iterates", "smooth_steps"}
+    assert shared("auto") == shared("zeropur")  # its strong chain
+    assert shared("atop") == {}
+    assert shared("aid")["iterates"] != shared("zeropur")["iterates"]  # by what they stand on
+
+
 def test_a_chain_that_descends_and_draws_is_attacked_over_its_draws(finished: Workshop) -> None:
     bundle = load_bundle(finished.bundle)
     recipe = EvaluateRecipe.model_validate({**RECIPES["evaluate"], "budget": "quick"})
@@ -396,6 +410,8 @@ FURTHER = [
     {"name": "bpda_eot", "attack": "bpda", "norm": "linf", "eps": 0.1, "steps": 1, "draws": 2, "images": 2},
     {"name": "rand", "attack": "rand", "norm": "linf", "eps": 0.1, "steps": 4, "draws": 1, "images": 5},
     {"name": "moved", "attack": "stadv", "steps": 2, "draws": 1, "images": 2},
+    {"name": "unseen_by_aid", "attack": "aware_aid", "norm": "linf", "eps": 0.1, "steps": 2, "draws": 1, "images": 2}
+    | {"weight": 10.0},
 ]
 
 
@@ -418,7 +434,7 @@ def test_what_a_recipe_asks_for_is_run_on_every_defense_and_stays_out_of_the_wor
 def test_an_attack_that_a_recipe_asks_for_does_what_it_says(wanted: dict[str, Any], finished: Workshop) -> None:
     bundle = load_bundle(finished.bundle)
     subject, images = Subject("atop", bundle.defended("atop")), torch.rand(3, 3, SIDE, SIDE) * 0.4 + 0.3
-    planner = Planner(bundle.classifier, recipe_with().effort, 8 / 255, 0, {}, 3)
+    planner = Planner(bundle.classifier, recipe_with().effort, 8 / 255, 0, {}, 3, bundle.aid)
     attack = requested(planner, subject, FurtherAttack.model_validate(wanted))
 
     changes = (attack.run(images, torch.tensor([0, 1, 2]), [0, 1, 2]) - images).flatten(1)
@@ -430,16 +446,35 @@ def test_an_attack_that_a_recipe_asks_for_does_what_it_says(wanted: dict[str, An
     lengths = changes.norm(dim=1) if wanted["norm"] == "l2" else changes.abs().amax(1)
     reached = wanted["eps"] if wanted["attack"] == "rand" else 0.2 * wanted["eps"] * wanted["steps"]
     assert ((lengths > 0.9 * reached) & (lengths <= wanted["eps"] + 1e-5)).all()
-    other = {**wanted, "attack": "pgd" if wanted["attack"] == "bpda" else "bpda"}
+    other = {**wanted, "attack": "pgd" if wanted["attack"] == "bpda" else "bpda", "weight": None}
     assert attack.settings != requested(planner, subject, FurtherAttack.model_validate(other)).settings
 
 
 @pytest.mark.parametrize(
-    "changes", [{"name": "standard"}, {"eps": None}, {"norm": None}, {"attack": "stadv"}, {"draws": None}]
+    "changes",
+    [
+        {"name": "standard"},
+        {"eps": None},
+        {"norm": None},
+        {"attack": "stadv"},
+        {"draws": None},
+        {"weight": 1.0},
+        {"attack": "aware_aid"},
+        {"attack": "aware_aid", "weight": 1.0, "draws": 2},
+    ],
 )
 def test_an_attack_that_would_be_weak_or_unclear_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         FurtherAttack.model_validate({**FURTHER[0], **changes})
+
+
+def test_the_attack_on_aid_needs_one(finished: Workshop, tmp_path: Path) -> None:
+    bundle = load_bundle(finished.bundle)
+    manifest = bundle.manifest.model_copy(update={"defenses": Defenses(), "default_defense": "none"})
+    save_bundle(Bundle(manifest, bundle.classifier), tmp_path / "bundle")
+    recipe = recipe_with(defenses=["none"], further=[FURTHER[-1]])
+    with pytest.raises(RecipeError, match="offers aid"):
+        evaluate(recipe, tmp_path / "bundle", torch.device("cpu"), tmp_path, keep_report=True)
 
 
 def test_a_budget_without_efforts_is_for_grey_box_numbers_alone() -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.tiny import RECIPES, Workshop
+from models import load_bundle
+from tests.training.tiny import DATA, RECIPES, SIDE, Workshop
 from training.__main__ import RECIPES as KINDS
 from training.__main__ import main, parse
-from training.config import ClassifierRecipe, RecipeError, read_recipe
+from training.config import ClassifierRecipe, DataRecipe, RecipeError, read_recipe, recipe_of
 from training.data import load_split
 from training.runs import Run
 
@@ -118,6 +119,31 @@ def test_a_run_that_is_needed_and_missing_is_named(
 def test_a_missing_bundle_is_refused(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
     assert workshop.run("evaluate") == 2
     assert "bundle.json" in capsys.readouterr().err
+
+
+def test_evaluate_without_a_recipe_takes_every_defense_on_the_data_that_the_bundle_was_trained_on(
+    finished: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["evaluate", "--bundle", str(finished.bundle), "--budget", "quick", "--dry-run"]
+    assert main([*line, "--data", str(finished.folder / "data")]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["data"] == {
+        **DataRecipe.model_validate(DATA).model_dump(mode="json"),
+        "source": str(finished.folder / "data"),
+    }
+    assert (printed["defenses"], printed["budget"]) == ([], "quick")
+
+    assert main(line) == 2
+    assert "--data" in capsys.readouterr().err
+
+
+def test_a_bundle_without_provenance_is_measured_on_images_of_its_size(finished: Workshop) -> None:
+    manifest = load_bundle(finished.bundle).manifest
+    for provenance in ({}, {"runs": {"by hand": {"recipe": "none"}}}):
+        bare = manifest.model_copy(update={"provenance": provenance})
+        assert recipe_of(bare, "images").data == DataRecipe(name="colors", source="images", input_size=SIDE)
+    with pytest.raises(RecipeError, match="square"):
+        recipe_of(manifest.model_copy(update={"input_size": (8, 9)}), "images")
 
 
 def test_a_training_command_prints_its_summary_as_json(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:

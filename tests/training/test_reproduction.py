@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from models import load_bundle
+from tests.training.tiny import Workshop
 from training.__main__ import RECIPES
 from training.config import EvaluateRecipe, read_recipe
 from training.reproduction import NOT_RUN, TABLES, Direction, Row, Table, cell, main, page, read_tables
@@ -35,6 +38,7 @@ def report() -> dict[str, Any]:
     }
     hardware = {"cpu": "a processor", "threads": 2, "gpu": None}
     recipe = settings() | {"hardware": hardware, "attacks_s": 240.0, "git_commit": "0123456789abcdef"}
+    recipe["weights_sha256"] = {"classifier.safetensors": "0" * 64}
     return {"undefended": {**entry, "standard": measured(0.95)}, "defenses": {"atop": entry}, "recipe": recipe}
 
 
@@ -178,6 +182,19 @@ def test_a_report_by_another_recipe_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({**report(), "recipe": {**settings(), "seed": 1}}))
     with pytest.raises(ValueError, match=r"not measured by atop-7.toml as it is now: seed differ"):
         page([table()], runs)
+
+
+def test_a_report_of_other_weights_is_refused(
+    finished: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = runs_with_a_report(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished.bundle, tmp_path / "runs" / "b" / "1")
+    with pytest.raises(ValueError, match="other weights than runs/b/1 has now"):
+        page([table()], runs)
+    path, own = runs / "evaluations" / "b-1" / "atop-7.json", load_bundle(finished.bundle).manifest.weights
+    path.write_text(json.dumps({**report(), "recipe": report()["recipe"] | {"weights_sha256": own}}))
+    assert "90.0 (89.0 to 91.0, n 512)" in page([table()], runs)
 
 
 def test_the_command_writes_the_page(tmp_path: Path) -> None:
