@@ -14,7 +14,7 @@ BudgetName = Literal["quick", "standard", "paper"]
 
 
 class FurtherAttack(Strict):
-    """An attack on the whole defense that a recipe asks for beside its budget's; it stays out of the worst case."""
+    """An attack that a recipe asks for beside its budget's; it stays out of the worst case."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
     attack: Literal["pgd", "bpda", "rand", "stadv", "aware_aid"]
@@ -104,7 +104,7 @@ BUDGETS: dict[BudgetName, Budget] = {
         clean_images=512,
         clean_draws=1,
         grey_box_images=256,
-        costly_images=64,
+        costly_images=48,
         one_pass=Effort(
             images=64,
             bpda_steps=10,
@@ -115,7 +115,7 @@ BUDGETS: dict[BudgetName, Budget] = {
             apgd_draws=4,
             square_queries=75,
             aware_steps=10,
-            curve_images=32,
+            curve_images=16,
             curve_eps=(0.5, 1.0, 2.0),
         ),
         descending=Effort(

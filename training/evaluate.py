@@ -20,8 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models import load_bundle, write_report
+from models.bundle import MANIFEST
 from models.files import replace_text
-from models.manifest import Manifest, ZeroPurPreset
+from models.manifest import Manifest, ZeroPurPreset, content_sha256
 from models.randomness import derive_seed, generator_for
 from training import credibility
 from training.attacks.looks import Looks
@@ -35,7 +36,7 @@ from training.plan import DLR_CLASSES
 from training.progress import Progress
 from training.provenance import hardware, library_versions
 from training.report import page
-from training.statistics import against_static, binomial, detection
+from training.statistics import binomial, detection, paired
 from training.subject import GROUPS, Subject
 from training.unseen import curve_points
 
@@ -44,8 +45,9 @@ COST_REPEATS = 3
 HEALTH_IMAGES = 16
 PICTURES = 6
 AUTOATTACK_CLASSES = 4
-COSTLY_HEALTH_IMAGES = 8
 HEALTH_STEPS = 8
+COSTLY_HEALTH_IMAGES = 8
+COSTLY_HEALTH_STEPS = 4
 
 
 # --- one entry of the report
@@ -53,10 +55,13 @@ HEALTH_STEPS = 8
 
 @dataclass(frozen=True)
 class Entry:
-    """One defense, measured: its line in the report, and which images withstood everything."""
+    """One defense, measured: its line in the report, and image by image what was right."""
 
     report: dict[str, Any]
     survived: Tensor
+    """Which of the images that every attack had withstood all of them, (N,)."""
+    right: dict[str, Tensor]
+    """Which images withstood each attack; `standard` are the clean ones, where they were asked about once."""
 
 
 def measure(evaluation: Evaluation, subject: Subject) -> Entry:
@@ -95,7 +100,7 @@ def measure(evaluation: Evaluation, subject: Subject) -> Entry:
         "reasons": reasons,
         "cost": round(cost(evaluation, subject), 2),
     }
-    return Entry(report, survived)
+    return Entry(report, survived, {**({"standard": clean[0]} if draws == 1 else {}), **right})
 
 
 def curves(evaluation: Evaluation, subject: Subject) -> dict[str, list[dict[str, Any]]]:
@@ -124,11 +129,13 @@ def doubts(
 ) -> list[str]:
     """Why a robust accuracy is not to be believed; found once, then known. `clean` are all clean images asked about."""
     began = time.monotonic()
-    few_enough = COSTLY_HEALTH_IMAGES if subject.descends else HEALTH_IMAGES
+    few_enough, steps = HEALTH_IMAGES, HEALTH_STEPS
+    if subject.descends:
+        few_enough, steps = COSTLY_HEALTH_IMAGES, COSTLY_HEALTH_STEPS
     of = {
         **evaluation.identity,
         **evaluation.chain(subject.name),
-        "health": {"images": few_enough, "steps": HEALTH_STEPS},
+        "health": {"images": few_enough, "steps": steps},
         "doubts": {name: [levels[name], values[:count].int().tolist()] for name, values in right.items()},
         "clean": clean.int().tolist(),
     }
@@ -138,16 +145,16 @@ def doubts(
         few = evaluation.chosen(clean.nonzero().flatten()[:few_enough])
         classes = len(evaluation.bundle.classes)
         reasons = credibility.gradient_health(subject.defended, *few, classes=classes, seed=seed)
-        reasons += credibility.more_steps_help(subject.defended, *few, eps=eps, seed=seed, steps=HEALTH_STEPS)
+        reasons += credibility.more_steps_help(subject.defended, *few, eps=eps, seed=seed, steps=steps)
         noise = [
             credibility.withstands_noise(subject.defended, some, own, eps=eps, seed=seed, first=numbers[0])
             for numbers, some, own in evaluation.batches(count)
         ]
         same = {name: values[:count] for name, values in right.items()}
         reasons += credibility.order_of_attacks(same, levels, clean=clean[:count], noise=torch.cat(noise))
-        found = {"reasons": reasons, "wall_s": round(time.monotonic() - began, 3), "commit": evaluation.commit}
-        evaluation.progress.add(of, found)
-    evaluation.used.append(found)
+        wall_s = round(time.monotonic() - began, 3)
+        found = evaluation.progress.add(of, {"reasons": reasons, "wall_s": wall_s, "commit": evaluation.commit})
+    evaluation.used[found["key"]] = found
     reasons_found: list[str] = found["reasons"]
     return reasons_found
 
@@ -195,12 +202,13 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a bundle by a recipe and write the report into it, unless `keep_report`; returns the report.
 
-    What was found is kept under `<runs>/evaluations/`, beside a copy of the report, and is not measured again.
+    What was found is kept under `<runs>/evaluations/`, beside a copy of the report that also has every image's outcome,
+    and is not measured again.
 
     Raises BundleError for a bundle that cannot be loaded, UnknownDefense for a defense that it does not offer,
     DataError for data of other classes or another size than the bundle's, or too few classes for an attack, and
-    RecipeError for variants that make no preset, and for further attacks that bear another's name or would be in the
-    bundle's report.
+    RecipeError for variants that make no preset, and for further attacks that bear another's name, would be in the
+    bundle's report, or are on an AID that the bundle does not have.
     """
     if (recipe.zeropur_variants or recipe.further) and not keep_report:
         raise RecipeError("zeropur_variants and further attacks are not for a bundle's own report: use --keep-report")
@@ -209,11 +217,12 @@ def evaluate(
     subjects = evaluation.subjects()
     print(forecast(evaluation, subjects), flush=True)
     entries = {subject.name: measure(evaluation, subject) for subject in subjects}
+    outcomes = {name: {what: bits(right) for what, right in entry.right.items()} for name, entry in entries.items()}
     static = entries.pop("none")
     report: dict[str, Any] = {"undefended": static.report, "defenses": {}, "grey_box_only": {}}
     for name, entry in entries.items():
         judged = entry.report["worst_case"] is not None
-        beside = {"against_static": against_static(entry.survived, static.survived)} if judged else {}
+        beside = {"against_static": paired(entry.survived, static.survived)} if judged else {}
         report["defenses" if judged else "grey_box_only"][name] = {**entry.report, **beside}
     manifest, scores = evaluation.bundle.manifest, aid_scores(evaluation)
     if manifest.aid_threshold is not None:
@@ -228,21 +237,28 @@ def evaluate(
         "data_sha256": evaluation.data_sha256,
         "data_encodings": list(evaluation.data.encodings),
         "weights_sha256": evaluation.bundle.manifest.weights,
+        "content_sha256": evaluation.content_sha256,
         "git_commit": evaluation.commit,
-        "findings_of_commits": sorted({found["commit"] for found in evaluation.used}),
-        "attacks_s": round(sum(found["wall_s"] for found in evaluation.used), 1),
+        "findings_of_commits": sorted({found["commit"] for found in evaluation.used.values()}),
+        "attacks_s": round(sum(found["wall_s"] for found in evaluation.used.values()), 1),
         "libraries": library_versions(),
         "hardware": hardware(),
         "wall_s": round(time.monotonic() - started, 1),
     }
     attacked = [subject for subject in subjects if subject.purifiers and subject.name not in recipe.grey_box_only]
-    replace_text(evaluation.progress.directory / f"{recipe.name}.json", json.dumps(report, indent=1) + "\n")
+    copy = json.dumps({**report, "outcomes": outcomes}, indent=1) + "\n"
+    replace_text(evaluation.progress.directory / f"{recipe.name}.json", copy)
     shown = {subject.name: pictures_of(evaluation, subject) for subject in attacked}
     drawn = page(report, shown, {name: values.tolist() for name, values in scores.items()})
     replace_text(evaluation.progress.directory / f"{recipe.name}.html", drawn)
     if not keep_report:
         write_report(directory, report, drawn)
     return report
+
+
+def bits(right: Tensor) -> str:
+    """One digit for every image: 1 where it was labeled right."""
+    return "".join(str(int(each)) for each in right.tolist())
 
 
 def pictures_of(evaluation: Evaluation, subject: Subject) -> list[Picture]:
@@ -305,4 +321,5 @@ def prepare(recipe: EvaluateRecipe, directory: Path, device: torch.device, runs:
     shuffled = data.subset(torch.randperm(len(data), generator=generator_for(recipe.seed, "images")))
     manifest = bundle.manifest
     progress = Progress(runs / "evaluations" / f"{manifest.name}-{manifest.version}")
-    return Evaluation(recipe, bundle, shuffled, progress, others, data.fingerprint())
+    content = content_sha256((directory / MANIFEST).read_bytes())
+    return Evaluation(recipe, bundle, shuffled, progress, others, data.fingerprint(), content)

@@ -37,8 +37,10 @@ class Evaluation:
     transfer: Mapping[str, Bundle]
     data_sha256: str = ""
     """Of the test split as it is, so that two reports can tell whether they speak of the same images."""
-    used: list[dict[str, Any]] = field(default_factory=list)
-    """The findings that the report is made of, whenever they were made."""
+    content_sha256: str = ""
+    """Of the bundle as it is on disk, without the variants that a recipe adds."""
+    used: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The findings that the report is made of, by their keys, whenever they were made."""
     commit: str = field(default_factory=git_commit)
 
     @property
@@ -119,9 +121,9 @@ class Evaluation:
                 seeds = attack.known_seeds(numbers) if attack.known_seeds else unseen
                 right = self.right(subject, adversarial, labels, seeds)
                 wall_s = round(time.monotonic() - began, 3)
-                found = {"right": right.int().tolist(), "wall_s": wall_s, "commit": self.commit}
-                self.progress.add(of, found)
-            self.used.append(found)
+                finding = {"right": right.int().tolist(), "wall_s": wall_s, "commit": self.commit}
+                found = self.progress.add(of, finding)
+            self.used[found["key"]] = found
             parts.append(torch.tensor(found["right"], dtype=torch.bool))
             bar.update(len(numbers))
         return torch.cat(parts)
@@ -149,9 +151,9 @@ class Evaluation:
                 found = self.progress.find(of)
                 if found is None:
                     right = self.right(subject, images, labels, self.verdict_seeds(numbers, draw))
-                    found = {"right": right.int().tolist(), "wall_s": 0.0, "commit": self.commit}
-                    self.progress.add(of, found)
-                self.used.append(found)
+                    finding = {"right": right.int().tolist(), "wall_s": 0.0, "commit": self.commit}
+                    found = self.progress.add(of, finding)
+                self.used[found["key"]] = found
                 parts.append(torch.tensor(found["right"], dtype=torch.bool))
             rows.append(torch.cat(parts))
         return torch.stack(rows)

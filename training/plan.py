@@ -306,7 +306,9 @@ class Planner:
             steps, step_size = TRANSFER_STEPS, self.eps / 4
             return by_foolbox.foolbox_pgd(classifier, images, labels, eps=self.eps, steps=steps, step_size=step_size)
 
-        work, settings = Work(bare=TRANSFER_STEPS), {"steps": TRANSFER_STEPS, "digest": other.digest}
+        weights, spec = other.manifest.weights.get("classifier.safetensors", ""), other.manifest.classifier
+        settings = {"steps": TRANSFER_STEPS, "weights": weights, **spec.model_dump(mode="json")}
+        work = Work(bare=TRANSFER_STEPS)
         return Attack(f"transfer_{name}", "L5", settings, effort.images, run, threat, work, shared=True)
 
 

@@ -44,13 +44,14 @@ class Progress:
         """The finding, if it was made before."""
         return self._found.get(key_of(depends_on))
 
-    def add(self, depends_on: Mapping[str, object], finding: Mapping[str, object]) -> None:
-        """Keep a finding."""
+    def add(self, depends_on: Mapping[str, object], finding: Mapping[str, object]) -> dict[str, Any]:
+        """Keep a finding; returns it as `find` will."""
         key = key_of(depends_on)
         entry = {"key": key, **finding, "of": depends_on}
         with self._lines.open("a") as lines:
             lines.write(json.dumps(entry) + "\n")
         self._found[key] = entry
+        return entry
 
     def images(self, depends_on: Mapping[str, object]) -> Tensor | None:
         """Adversarial images that were kept."""

@@ -15,13 +15,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
+import torch
 from pydantic import Field, model_validator
 
-from models.manifest import Fraction, Manifest, Strict
+from models.manifest import Fraction, Strict, content_sha256
 from training.config import EvaluateRecipe, RecipeError, read_recipe
+from training.statistics import paired
 
 TABLES = Path(__file__).parent / "recipes" / "reproduction" / "tables.toml"
 NOT_RUN = "not run"
+SURE = 0.05
+"""A sign test's p-value that is smaller decides."""
 IN_PAPERS_SIZE = " (paper's size)"
 HOLDS, OPEN, FAILS = "holds", "cannot be told apart", "**does not hold**"
 SETTINGS = {"seed", "eps", "batch_size", "defenses", "grey_box_only", "zeropur_variants", "further"}
@@ -120,8 +124,10 @@ def page(tables: Iterable[Table], runs: Path) -> str:
         "The papers' tables as far as CIFAR-10 and two CPU cores go: their number, and ours in percent with",
         "Wilson's 95 % interval and n. `python -m training.reproduction` writes this page from the reports under",
         "`runs/evaluations/`; the commands under a table measure its rows. Networks and training are far smaller",
-        "than the papers': directions should agree, not digits. Every command is one of `python -m training`, with",
-        "`--recipe training/recipes/` in front of the name of its recipe, and `--data FOLDER` if the data is there.",
+        "than the papers': directions should agree, not digits. Whether one holds is decided image by image, by a",
+        "sign test at 5 %, which sees smaller differences than intervals do. Every command is one of",
+        "`python -m training`, with `--recipe training/recipes/` in front of the name of its recipe, and",
+        "`--data FOLDER` if the data is there.",
     ]
     for table in tables:
         parts += ["", *section(table, runs)]
@@ -161,17 +167,19 @@ def in_papers_size(table: Table, runs: Path) -> dict[str, Row]:
 
 
 def cell(reports: Reports, row: Row, column: str) -> Mapping[str, Any] | None:
-    """Accuracy, interval and n; None if they were not measured."""
+    """Accuracy, interval and n, and the images' outcomes where the report has them; None if they were not measured."""
     report = reports[row.report]
-    entry = None
-    if report is not None:
-        rows = {"none": report["undefended"], **report["defenses"], **report.get("grey_box_only", {})}
-        entry = rows.get(row.defense)
+    if report is None:
+        return None
+    entry = {"none": report["undefended"], **report["defenses"], **report.get("grey_box_only", {})}.get(row.defense)
     if entry is None:
         return None
     named = {"standard": entry["standard"], **entry["grey_box"], **entry["adaptive"], **entry["unseen"]}
     found: Mapping[str, Any] | None = named.get(column)
-    return found
+    right = report.get("outcomes", {}).get(row.defense, {}).get(column)
+    if found is None or right is None:
+        return found
+    return {**found, "right": right, "images": [report["recipe"][what] for what in ("data_sha256", "seed")]}
 
 
 def written(found: Mapping[str, Any] | None) -> str:
@@ -198,7 +206,16 @@ def judged(direction: Direction, rows: Mapping[str, Row], reports: Reports, size
 
 
 def order(larger: Mapping[str, Any], smaller: Mapping[str, Any]) -> str:
-    """Whether the first accuracy is larger than the second: only what intervals that do not overlap show."""
+    """Whether the first accuracy is larger than the second: on the same images only what a sign test shows.
+
+    Where outcomes are missing or of other images, it is only what intervals that do not overlap show.
+    """
+    if "right" in larger and "right" in smaller and larger["images"] == smaller["images"]:
+        one, other = (torch.tensor([digit == "1" for digit in each["right"]]) for each in (larger, smaller))
+        found = paired(one, other)
+        if found["p_value"] >= SURE:
+            return OPEN
+        return HOLDS if found["difference"] > 0 else FAILS
     if larger["interval"][0] > smaller["interval"][1]:
         return HOLDS
     return FAILS if larger["interval"][1] < smaller["interval"][0] else OPEN
@@ -226,7 +243,7 @@ def report_of(runs: Path, row: Row) -> dict[str, Any] | None:
     """The report that the row's evaluation left, if it was run to its end.
 
     Raises ValueError for one that was measured by another recipe of that name, with other options, or with other
-    weights than its bundle has now, if that is at hand.
+    weights or presets than its bundle has now, if that is at hand.
     """
     path = runs / "evaluations" / row.report
     if not path.exists():
@@ -236,9 +253,9 @@ def report_of(runs: Path, row: Row) -> dict[str, Any] | None:
     wanted = recipe.model_dump(mode="json", include=SETTINGS) | {"budget": recipe.effort.model_dump(mode="json")}
     if other := [name for name, value in wanted.items() if found["recipe"].get(name) != value]:
         raise ValueError(f"{path} was not measured by {row.recipe}.toml as it is now: {', '.join(other)} differ")
-    bundle, measured = Path(row.bundle) / "bundle.json", found["recipe"]["weights_sha256"]
-    if bundle.exists() and Manifest.model_validate_json(bundle.read_bytes()).weights != measured:
-        raise ValueError(f"{path} was measured with other weights than {row.bundle} has now")
+    bundle = Path(row.bundle) / "bundle.json"
+    if bundle.exists() and content_sha256(bundle.read_bytes()) != found["recipe"].get("content_sha256"):
+        raise ValueError(f"{path} was measured with other weights or presets than {row.bundle} has now")
     return found
 
 

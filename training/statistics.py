@@ -15,11 +15,11 @@ def binomial(right: float, n: int) -> dict[str, Any]:
     return {"accuracy": round(right / n, 4), "interval": [round(interval.low, 4), round(interval.high, 4)], "n": n}
 
 
-def against_static(defended: Tensor, static: Tensor) -> dict[str, Any]:
-    """The defense's worst case against the bare classifier's, on the same images: a sign test on those that differ."""
-    count = min(len(defended), len(static))
-    defended, static = defended[:count], static[:count]
-    better, worse = int((defended & ~static).sum()), int((static & ~defended).sum())
+def paired(one: Tensor, other: Tensor) -> dict[str, Any]:
+    """Which of two got more of the same images right (N,): a sign test on those that differ, over the first of both."""
+    count = min(len(one), len(other))
+    one, other = one[:count], other[:count]
+    better, worse = int((one & ~other).sum()), int((other & ~one).sum())
     p_value = float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
     return {
         "difference": round((better - worse) / count, 4),

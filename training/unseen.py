@@ -67,7 +67,7 @@ def moved(planner: Planner, subject: Subject, name: str, count: int, steps: int,
 
 
 def requested(planner: Planner, subject: Subject, wanted: FurtherAttack) -> Attack:
-    """L6: an attack on the whole defense that a recipe spells out."""
+    """L6: an attack that a recipe spells out."""
     defended, draws = subject.defended, planner.draws(subject, wanted.draws)
     if wanted.norm is None or wanted.eps is None:
         return moved(planner, subject, wanted.name, wanted.images, wanted.steps, wanted.draws)

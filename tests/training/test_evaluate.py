@@ -24,7 +24,7 @@ from tests.fakes import color_classifier, linear_classifier, linear_problem, smo
 from tests.networks import with_auto
 from tests.training.tiny import CLASSES, RECIPES, SIDE, Workshop, color_set
 from training.__main__ import main
-from training.attacks import by_foolbox
+from training.attacks import by_foolbox, unrolled
 from training.budgets import BUDGETS, BudgetName, Effort, FurtherAttack
 from training.config import EvaluateRecipe, RecipeError
 from training.data import ImageSet
@@ -34,7 +34,7 @@ from training.forecast import behind_the_gate, forecast
 from training.plan import Planner
 from training.progress import Progress
 from training.report import below, table
-from training.statistics import against_static, auroc, binomial, detection
+from training.statistics import auroc, binomial, detection, paired
 from training.subject import Subject
 from training.unseen import requested
 
@@ -375,6 +375,32 @@ def test_an_attack_on_one_purifier_serves_every_defense_that_has_it(finished: Wo
     assert shared("auto") == shared("zeropur")  # its strong chain
     assert shared("atop") == {}
     assert shared("aid")["iterates"] != shared("zeropur")["iterates"]  # by what they stand on
+    bundle.manifest = with_variants(bundle.manifest, {"long": {"coarse_steps": 3}})
+    assert shared("zeropur:long")["iterates"] != shared("zeropur")["iterates"]
+
+
+def test_images_that_attack_one_purifier_are_made_once(
+    finished: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = list[str]()
+
+    def counted(name: str) -> None:
+        usual = getattr(unrolled, name)
+
+        def count(*given: object, **named: object) -> object:
+            made.append(name)
+            return usual(*given, **named)
+
+        monkeypatch.setattr(unrolled, name, count)
+
+    counted("over_iterates")
+    counted("through_smooth_steps")
+    evaluation = evaluation_of(load_bundle(finished.bundle), color_set(4), tmp_path)
+    zeropur, auto = entry_of(evaluation, "zeropur"), entry_of(evaluation, "auto")
+    assert made == ["over_iterates", "through_smooth_steps"]
+    assert {"iterates", "smooth_steps"} <= zeropur.right.keys() & auto.right.keys()
+    entry_of(evaluation, "aid")
+    assert len(made) == 4
 
 
 def test_a_chain_that_descends_and_draws_is_attacked_over_its_draws(finished: Workshop) -> None:
@@ -448,6 +474,19 @@ def test_an_attack_that_a_recipe_asks_for_does_what_it_says(wanted: dict[str, An
     assert ((lengths > 0.9 * reached) & (lengths <= wanted["eps"] + 1e-5)).all()
     other = {**wanted, "attack": "pgd" if wanted["attack"] == "bpda" else "bpda", "weight": None}
     assert attack.settings != requested(planner, subject, FurtherAttack.model_validate(other)).settings
+
+
+def test_the_attack_on_aid_looks_the_more_natural_the_more_that_counts(finished: Workshop) -> None:
+    bundle = load_bundle(finished.bundle)
+    assert bundle.aid is not None
+    planner = Planner(bundle.classifier, recipe_with().effort, 8 / 255, 0, {}, 3, bundle.aid)
+    subject, images = Subject("none", bundle.defended("none")), torch.rand(6, 3, SIDE, SIDE) * 0.4 + 0.3
+    scores = []
+    for weight in (0.001, 1000.0):
+        wanted = FurtherAttack.model_validate({**FURTHER[-1], "steps": 10, "weight": weight})
+        adversarial = requested(planner, subject, wanted).run(images, torch.arange(6) % 3, list(range(6)))
+        scores.append(float(bundle.aid.logits(adversarial).mean()))
+    assert scores[1] > max(scores[0], float(bundle.aid.logits(images).mean()))
 
 
 @pytest.mark.parametrize(
@@ -550,10 +589,10 @@ def test_the_budgets_run_every_level_that_the_headline_is_over(name: BudgetName,
 def test_a_sign_test_compares_a_defense_with_its_static_model() -> None:
     defended, static = torch.zeros(100, dtype=torch.bool), torch.zeros(100, dtype=torch.bool)
     defended[:50], static[40:60] = True, True
-    found = against_static(defended, static)
+    found = paired(defended, static)
     assert found == {"difference": 0.3, "better": 40, "worse": 10, "n": 100, "p_value": found["p_value"]}
     assert found["p_value"] == pytest.approx(2 * sum(math.comb(50, k) for k in range(11)) / 2**50, abs=1e-6)
-    assert against_static(static, static)["p_value"] == 1.0
+    assert paired(static, static)["p_value"] == 1.0
 
 
 def test_a_gate_names_every_defense_that_is_too_weak_or_not_credible() -> None:
@@ -602,6 +641,22 @@ def test_the_report_has_the_shape_of_the_contract(finished: Workshop) -> None:
         assert entry["credible"] is (not entry["reasons"])
         assert entry["cost"] > 0
         assert ("against_static" in entry) == (name != "none")
+
+
+def test_the_copy_of_the_report_also_says_what_each_image_withstood(finished: Workshop) -> None:
+    report = report_of(finished)
+    copy = json.loads((finished.runs / "evaluations" / "colors-1" / "report.json").read_text())
+    outcomes = copy.pop("outcomes")
+    assert copy == report
+    assert outcomes.keys() == {"none", *report["defenses"]}
+    for name, entry in [("none", report["undefended"]), *report["defenses"].items()]:
+        cells = {**entry["grey_box"], **entry["adaptive"]}
+        if name in ("none", "zeropur", "aid"):  # the others' clean images were asked about several times
+            cells["standard"] = entry["standard"]
+        assert outcomes[name].keys() == cells.keys()
+        for what, digits in outcomes[name].items():
+            assert len(digits) == cells[what]["n"]
+            assert digits.count("1") == round(cells[what]["accuracy"] * len(digits))
 
 
 def test_the_forecast_has_every_defense_and_level_and_a_sum(finished: Workshop, tmp_path: Path) -> None:

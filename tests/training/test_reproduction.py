@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from models import load_bundle
+from models.manifest import content_sha256
 from tests.training.tiny import Workshop
 from training.__main__ import RECIPES
 from training.config import EvaluateRecipe, read_recipe
-from training.reproduction import NOT_RUN, TABLES, Direction, Row, Table, cell, main, page, read_tables
+from training.reproduction import NOT_RUN, TABLES, Direction, Row, Table, cell, main, order, page, read_tables
 
 FOLDER = TABLES.parents[1]
 
@@ -38,7 +38,7 @@ def report() -> dict[str, Any]:
     }
     hardware = {"cpu": "a processor", "threads": 2, "gpu": None}
     recipe = settings() | {"hardware": hardware, "attacks_s": 240.0, "git_commit": "0123456789abcdef"}
-    recipe["weights_sha256"] = {"classifier.safetensors": "0" * 64}
+    recipe["content_sha256"], recipe["data_sha256"] = "1" * 64, "0" * 64
     return {"undefended": {**entry, "standard": measured(0.95)}, "defenses": {"atop": entry}, "recipe": recipe}
 
 
@@ -127,6 +127,31 @@ def test_a_direction_is_judged_by_what_was_measured(
     assert f"- It falls: {said}." in page([table(direction)], runs_with_a_report(tmp_path)).splitlines()
 
 
+@pytest.mark.parametrize(
+    ("better", "worse", "said"),
+    [(8, 1, "holds"), (4, 1, "cannot be told apart"), (1, 8, "**does not hold**"), (0, 0, "cannot be told apart")],
+)
+def test_on_the_same_images_a_sign_test_decides(better: int, worse: int, said: str, tmp_path: Path) -> None:
+    runs, both = runs_with_a_report(tmp_path), "1" * 300 + "0" * 200
+    outcomes = {
+        "atop": {"pgd20": both + "1" * better + "0" * worse},
+        "none": {"pgd20": both + "0" * better + "1" * worse},
+    }
+    path = runs / "evaluations" / "b-1" / "atop-7.json"
+    path.write_text(json.dumps({**report(), "outcomes": outcomes}))
+    direction = Direction(says="It helps", cells=(("AToP", "pgd20"), ("none", "pgd20")))
+    assert f"- It helps: {said} (80.0, 80.0)." in page([table(direction)], runs).splitlines()
+
+
+def test_outcomes_of_other_images_are_not_compared_one_by_one() -> None:
+    def found(accuracy: float, right: str, seed: int) -> dict[str, Any]:
+        return {**measured(accuracy), "right": right, "images": ["0" * 64, seed]}
+
+    low, high = "1" * 10 + "0" * 10, "1" * 20
+    assert order(found(0.9, low, 0), found(0.8, high, 1)) == "holds"  # by their intervals
+    assert order(found(0.9, low, 0), found(0.8, high, 0)) == "**does not hold**"
+
+
 def test_a_direction_is_judged_again_for_the_papers_size(tmp_path: Path) -> None:
     direction = Direction(says="It falls", cells=(("none", "standard"), ("AToP", "standard")))
     runs = runs_with_a_report(tmp_path)
@@ -184,16 +209,17 @@ def test_a_report_by_another_recipe_is_refused(tmp_path: Path) -> None:
         page([table()], runs)
 
 
-def test_a_report_of_other_weights_is_refused(
+def test_a_report_of_another_state_of_the_bundle_is_refused(
     finished: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = runs_with_a_report(tmp_path)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished.bundle, tmp_path / "runs" / "b" / "1")
-    with pytest.raises(ValueError, match="other weights than runs/b/1 has now"):
+    with pytest.raises(ValueError, match="other weights or presets than runs/b/1 has now"):
         page([table()], runs)
-    path, own = runs / "evaluations" / "b-1" / "atop-7.json", load_bundle(finished.bundle).manifest.weights
-    path.write_text(json.dumps({**report(), "recipe": report()["recipe"] | {"weights_sha256": own}}))
+    own = content_sha256((finished.bundle / "bundle.json").read_bytes())
+    path = runs / "evaluations" / "b-1" / "atop-7.json"
+    path.write_text(json.dumps({**report(), "recipe": report()["recipe"] | {"content_sha256": own}}))
     assert "90.0 (89.0 to 91.0, n 512)" in page([table()], runs)
 
 
