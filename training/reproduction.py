@@ -24,6 +24,8 @@ from training.statistics import paired
 
 TABLES = Path(__file__).parent / "recipes" / "reproduction" / "tables.toml"
 NOT_RUN = "not run"
+WORST = "worst"
+"""A column of AID's tables: the smallest of a row's grey-box accuracies, not image by image."""
 SURE = 0.05
 """A sign test's p-value that is smaller decides."""
 IN_PAPERS_SIZE = " (paper's size)"
@@ -78,7 +80,7 @@ class Table(Strict):
     ours: str
     """What differs here, in a sentence."""
     columns: tuple[str, ...]
-    """`standard`, or an attack of the report."""
+    """`standard`, an attack of the report, or `worst`."""
     made_by: tuple[str, ...] = ()
     """What makes its bundles: commands of `training` and their recipes, in order."""
     paper_size: tuple[str, ...] = ()
@@ -153,7 +155,8 @@ def section(table: Table, runs: Path) -> list[str]:
         lines += [judged(direction, grown, reports, IN_PAPERS_SIZE) for direction in whole]
     if table.remark:
         lines += ["", table.remark]
-    return [*lines, "", *commands(table, rows, reports)]
+    folded = "<details><summary>Commands, seeds, machines and commits</summary>"
+    return [*lines, "", folded, "", *commands(table, rows, reports), "", "</details>"]
 
 
 def in_papers_size(table: Table, runs: Path) -> dict[str, Row]:
@@ -174,6 +177,8 @@ def cell(reports: Reports, row: Row, column: str) -> Mapping[str, Any] | None:
     entry = {"none": report["undefended"], **report["defenses"], **report.get("grey_box_only", {})}.get(row.defense)
     if entry is None:
         return None
+    if column == WORST and entry["grey_box"]:
+        column = min(entry["grey_box"], key=lambda name: entry["grey_box"][name]["accuracy"])
     named = {"standard": entry["standard"], **entry["grey_box"], **entry["adaptive"], **entry["unseen"]}
     found: Mapping[str, Any] | None = named.get(column)
     right = report.get("outcomes", {}).get(row.defense, {}).get(column)

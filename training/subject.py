@@ -65,7 +65,7 @@ class Attack:
     name: str
     level: Level
     settings: Mapping[str, object]
-    """All that decides its result, beside images, labels, seed and defense."""
+    """All that decides its result, beside images, labels, seed, networks and, if it is not shared, the defense."""
     images: int
     """How many of the shuffled test images it attacks."""
     run: Callable[[Tensor, Tensor, Sequence[int]], Tensor]

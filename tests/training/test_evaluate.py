@@ -30,7 +30,7 @@ from training.config import EvaluateRecipe, RecipeError
 from training.data import ImageSet
 from training.evaluate import Entry, aid_scores, cost, evaluate, measure, with_variants
 from training.evaluation import Evaluation, every_level, head
-from training.forecast import behind_the_gate, forecast
+from training.forecast import UnitTimes, behind_the_gate, forecast
 from training.plan import Planner
 from training.progress import Progress
 from training.report import below, table
@@ -666,6 +666,28 @@ def test_the_forecast_has_every_defense_and_level_and_a_sum(finished: Workshop, 
     assert [line.split()[0] for line in lines[1:-1]] == ["none", "atop", "atop:rt3", "aid", "zeropur"]
     assert len({len(line) for line in lines[:-1]}) == 1
     assert lines[-1].startswith("In all about ")
+
+
+def test_what_serves_several_defenses_is_forecast_once(
+    finished: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.forecast.unit_times", lambda *_: UnitTimes(answer=60.0, gradient=0.0))
+    evaluation = evaluation_of(load_bundle(finished.bundle), color_set(20), tmp_path, defenses=["zeropur", "auto"])
+    rows = [line.split() for line in forecast(evaluation, evaluation.subjects()).splitlines()]
+    level_4 = {row[0]: float(row[5]) for row in rows[1:-1]}
+    verdicts = 4.0 * 4  # four attacks on four images
+    assert level_4["zeropur"] > verdicts
+    assert level_4["auto"] == verdicts
+
+
+def test_a_point_of_both_curves_is_measured_once(finished: Workshop, tmp_path: Path) -> None:
+    effort = {**RECIPES["evaluate"]["budget"]["one_pass"], "curve_images": 3, "curve_eps": [1.0], "curve_steps": [2]}
+    evaluation = evaluation_of(load_bundle(finished.bundle), color_set(8), tmp_path, budget={"one_pass": effort})
+    curves = entry_of(evaluation).report["curves"]
+    assert curves["eps"][0]["accuracy"] == curves["steps"][0]["accuracy"]
+    lines = (tmp_path / "findings.jsonl").read_text().splitlines()
+    assert sum("curve_eps_1_steps_2" in line for line in lines) == 1
+    assert len(evaluation.used) == len(lines)
 
 
 def test_a_gate_is_forecast_by_what_attacked_images_take(finished: Workshop, tmp_path: Path) -> None:

@@ -168,13 +168,21 @@ def test_what_a_report_does_not_have_was_not_run(defense: str, column: str) -> N
     assert cell({wanted.report: report()}, wanted, column) is None
 
 
+def test_the_worst_of_a_row_is_its_smallest_grey_box_accuracy() -> None:
+    wanted, found = row("r", "atop", (1.0,)), report()
+    found["defenses"]["atop"]["grey_box"] = {"pgd20": measured(0.8), "mim": measured(0.7), "cw": measured(0.9)}
+    assert cell({wanted.report: found}, wanted, "worst") == measured(0.7)
+    found["defenses"]["atop"]["grey_box"] = {}
+    assert cell({wanted.report: found}, wanted, "worst") is None
+
+
 def test_the_shipped_tables_name_recipes_that_measure_their_cells() -> None:
     for shipped in read_tables():
         for wanted in shipped.rows:
             recipe = read_recipe(FOLDER / f"reproduction/{wanted.recipe}.toml", EvaluateRecipe)
             assert wanted.recipe == recipe.name
             assert wanted.defense in {"none", *recipe.defenses, *recipe.grey_box_only}
-            known = {"standard", *recipe.effort.grey_box, *(attack.name for attack in recipe.further)}
+            known = {"standard", "worst", *recipe.effort.grey_box, *(attack.name for attack in recipe.further)}
             assert set(shipped.columns) <= known, wanted.name
 
 
