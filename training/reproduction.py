@@ -235,7 +235,8 @@ def commands(table: Table, rows: Sequence[Row], reports: Reports) -> list[str]:
         if report is not None:
             recipe = report["recipe"]
             hardware, minutes = recipe["hardware"], recipe["attacks_s"] / 60
-            machine = hardware["gpu"] or f"{hardware['threads']} threads of {hardware['cpu']}"
+            threads = f"{hardware['threads']} thread{'s' if hardware['threads'] > 1 else ''}"
+            machine = hardware["gpu"] or f"{threads} of {hardware['cpu']}"
             where = f"seed {recipe['seed']}, {machine}, {minutes:.0f} minutes, commit {recipe['git_commit'][:12]}"
         lines += [f"- `evaluate reproduction/{row.recipe}.toml --bundle {row.bundle} --keep-report`: {where}"]
     if table.paper_size:
