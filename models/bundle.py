@@ -160,12 +160,7 @@ def load_bundle(directory: str | Path, device: str | torch.device = "cpu") -> Bu
     """
     directory = Path(directory)
     manifest_bytes = _read_json_bytes(directory, MANIFEST)
-    try:
-        manifest = Manifest.model_validate_json(manifest_bytes)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "content"
-        raise BundleError(f"{MANIFEST}: {where}: {first['msg']}") from error
+    manifest = _validated(manifest_bytes)
     _check_files(directory, manifest)
     parts = _build_parts(manifest)
     for name, part in parts.items():
@@ -179,6 +174,20 @@ def load_bundle(directory: str | Path, device: str | torch.device = "cpu") -> Bu
         report=_read_report(directory) if REPORT in manifest.files else None,
         digest=hashlib.sha256(manifest_bytes).hexdigest(),
     )
+
+
+def read_manifest(directory: str | Path) -> Manifest:
+    """What a bundle says of itself, without its weights; raises BundleError as `load_bundle` does."""
+    return _validated(_read_json_bytes(Path(directory), MANIFEST))
+
+
+def _validated(manifest_bytes: bytes) -> Manifest:
+    try:
+        return Manifest.model_validate_json(manifest_bytes)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "content"
+        raise BundleError(f"{MANIFEST}: {where}: {first['msg']}") from error
 
 
 def save_bundle(bundle: Bundle, directory: str | Path) -> None:
@@ -207,7 +216,7 @@ def write_report(directory: str | Path, report: Mapping[str, object], page: str)
     Whenever this is interrupted the bundle stays sound, if without a report.
     """
     directory = Path(directory)
-    manifest = Manifest.model_validate_json(_read_json_bytes(directory, MANIFEST))
+    manifest = read_manifest(directory)
     files = {name: sha256 for name, sha256 in manifest.files.items() if name not in (REPORT, REPORT_PAGE)}
     _write_manifest(directory, manifest.model_copy(update={"files": files}))
     for name, text in ((REPORT, json.dumps(report, indent=1) + "\n"), (REPORT_PAGE, page)):

@@ -6,8 +6,6 @@ the defaults of this code change later.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Annotated, Literal, Self
 
 from pydantic import (
@@ -351,11 +349,3 @@ class Manifest(Strict):
         if name not in offered:
             raise UnknownDefense(f"model {self.name} offers the defenses none, {', '.join(offered)}")
         return offered[name]
-
-
-def content_sha256(bundle_json: bytes) -> str:
-    """Of all that decides a bundle's answers: networks, weights and presets, but not its report or provenance."""
-    told = json.loads(bundle_json)
-    told.pop("provenance", None)
-    told["files"] = {name: sha256 for name, sha256 in told["files"].items() if name.endswith(".safetensors")}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

@@ -21,11 +21,11 @@ import torch
 from PIL import Image
 
 from models import Bundle, load_bundle
-from models.manifest import content_sha256
 from service.images import decode_image
 from training.attacks.by_foolbox import foolbox_pgd
 from training.config import DataRecipe
 from training.data import load_split
+from training.provenance import content_sha256
 
 ROOT = Path(__file__).parent.parent
 BUNDLE = ROOT / "models" / "bundles" / "cifar10" / "1"

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from models import BundleError, UnknownDefense, load_bundle
+from models import BundleError, UnknownDefense
+from models.bundle import read_manifest
 from models.manifest import Strict
 from training.budgets import BUDGETS
 from training.config import (
@@ -61,13 +62,13 @@ def main(arguments: list[str] | None = None) -> int:
 def recipe_for(options: argparse.Namespace, instead: dict[str, Any]) -> Strict:
     """The recipe's file, or for `evaluate` without one what the bundle says of itself.
 
-    Raises RecipeError, and BundleError for a bundle that cannot be loaded.
+    Raises RecipeError, and BundleError for a bundle that cannot be read.
     """
     if options.recipe is not None:
         return read_recipe(options.recipe, RECIPES[options.command], data_source=options.data, **instead)
     if options.data is None:
         raise RecipeError("evaluate needs --recipe FILE, or --data FOLDER for every defense of the bundle")
-    return recipe_of(load_bundle(options.bundle).manifest, options.data, **instead)
+    return recipe_of(read_manifest(options.bundle), options.data, **instead)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from models import load_bundle, write_report
 from models.bundle import MANIFEST
 from models.files import replace_text
-from models.manifest import Manifest, ZeroPurPreset, content_sha256
+from models.manifest import Manifest, ZeroPurPreset
 from models.randomness import derive_seed, generator_for
 from training import credibility
 from training.attacks.looks import Looks
@@ -34,7 +34,7 @@ from training.forecast import forecast
 from training.pictures import Picture, pictures
 from training.plan import DLR_CLASSES
 from training.progress import Progress
-from training.provenance import hardware, library_versions
+from training.provenance import content_sha256, hardware, library_versions
 from training.report import page
 from training.statistics import binomial, detection, paired
 from training.subject import GROUPS, Subject

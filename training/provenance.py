@@ -1,8 +1,9 @@
-"""Where a number comes from: weights, commit, library versions, machine."""
+"""Where a number comes from: weights, bundle, commit, library versions, machine."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -22,6 +23,14 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def content_sha256(bundle_json: bytes) -> str:
+    """Of all that decides a bundle's answers: networks, weights and presets, but not its report or provenance."""
+    told = json.loads(bundle_json)
+    told.pop("provenance", None)
+    told["files"] = {name: sha256 for name, sha256 in told["files"].items() if name.endswith(".safetensors")}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def library_versions() -> dict[str, str]:

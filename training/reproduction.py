@@ -18,8 +18,9 @@ from typing import Annotated, Any, Self
 import torch
 from pydantic import Field, model_validator
 
-from models.manifest import Fraction, Strict, content_sha256
+from models.manifest import Fraction, Strict
 from training.config import EvaluateRecipe, RecipeError, read_recipe
+from training.provenance import content_sha256
 from training.statistics import paired
 
 TABLES = Path(__file__).parent / "recipes" / "reproduction" / "tables.toml"
