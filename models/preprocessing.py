@@ -13,7 +13,7 @@ from PIL import Image
 def to_rgb(image: Image.Image) -> Image.Image:
     """The picture as RGB: 16-bit grey keeps its high byte, alpha is laid over white, the rest is Pillow's own.
 
-    Color profiles are ignored: samples are taken as sRGB.
+    Color profiles are ignored: samples are taken as sRGB. A picture that is RGB is handed back as it is.
     """
     if image.mode.startswith("I"):  # 16-bit grey
         samples = np.asarray(image)
@@ -24,7 +24,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def center_crop_resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -37,7 +37,7 @@ def center_crop_resize(image: Image.Image, size: tuple[int, int]) -> Image.Image
     box = crop_box(image.size, size)
     left, top, right, bottom = box
     if (right - left, bottom - top) == (width, height):
-        return image.crop(box)
+        return image if image.size == (width, height) else image.crop(box)
     return image.resize((width, height), Image.Resampling.BILINEAR, box=box)
 
 

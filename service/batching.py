@@ -29,7 +29,7 @@ from service.errors import (
     Overloaded,
 )
 from service.metrics import Metrics
-from service.queue import BatchQueue, Completed, Item
+from service.queue import BatchQueue, Completed, Item, Outcome
 from service.work import EngineFault, Key, Pixels, Ran
 
 logger = logging.getLogger(__name__)
@@ -128,26 +128,31 @@ class Batcher:
                 self._changed.notify()
         return items
 
-    async def wait(self, item: Item) -> Completed:
-        """The answer of `item`. Raises its error; DeadlineExceeded when its time is up, wherever it is then.
+    async def wait(self, items: Sequence[Item]) -> list[Outcome]:
+        """What becomes of each of `items`, which were admitted together and are at least one.
 
-        A caller that is cancelled takes its item out of the queue.
+        At their deadline DeadlineExceeded, wherever they are then. A caller that is cancelled takes them out.
         """
+        left_s = max(0.0, items[0].deadline - time.monotonic())
+        expiry = asyncio.get_running_loop().call_later(left_s, self._give_up, items, DeadlineExceeded())
         try:
-            async with asyncio.timeout(item.deadline - time.monotonic()):
-                return await item.future
-        except TimeoutError:
-            raise DeadlineExceeded from None
+            return [await item.future for item in items]
+        except asyncio.CancelledError:
+            self.withdraw(items)
+            raise
         finally:
-            if item.future.cancelled():  # the deadline, or the caller's own end
-                self.withdraw(item)
+            expiry.cancel()
 
-    def withdraw(self, item: Item) -> None:
-        """Forget `item`: its client has left, and whoever waits for it is told so."""
-        if not item.future.done():
-            item.future.set_exception(ClientLeft())
+    def withdraw(self, items: Sequence[Item]) -> None:
+        """Forget `items`: their client has left, and whoever waits for them is told so."""
+        self._give_up(items, ClientLeft())
+
+    def _give_up(self, items: Sequence[Item], error: ClarifierError) -> None:
+        unanswered = [item for item in items if item.future.cancelled() or not item.future.done()]
+        _deliver([(item, error) for item in unanswered])
         with self._changed:
-            self._queue.discard(item)
+            for item in unanswered:
+                self._queue.discard(item)
 
     def drain(self) -> None:
         """From now on items leave at once, without waiting for company."""
@@ -268,7 +273,7 @@ class Batcher:
                 self._answer([item])
                 self._beat = time.monotonic()
 
-    def _run(self, batch: list[Item]) -> list[tuple[Item, Completed | ClarifierError]]:
+    def _run(self, batch: list[Item]) -> list[tuple[Item, Outcome]]:
         started = time.monotonic()
         ran = self._run_batch(batch[0].key, [item.image for item in batch], [item.seed for item in batch])
         pairs = list(zip(batch, ran.outcomes, strict=True))
@@ -292,7 +297,7 @@ class Batcher:
         self._metrics.engine_errors.labels(self._engine_name, kind).inc()
         logger.error("a batch of %d (%s) failed", len(batch), batch[0].key, exc_info=error)
 
-    def _hand_over(self, outcomes: Sequence[tuple[Item, Completed | ClarifierError]]) -> None:
+    def _hand_over(self, outcomes: Sequence[tuple[Item, Outcome]]) -> None:
         if outcomes:
             self._call_on_loop(lambda: _deliver(outcomes))
 
@@ -302,12 +307,8 @@ class Batcher:
             self._loop.call_soon_threadsafe(callback)
 
 
-def _deliver(outcomes: Sequence[tuple[Item, Completed | ClarifierError]]) -> None:
+def _deliver(outcomes: Sequence[tuple[Item, Outcome]]) -> None:
     """Answer those who are still there; on the event loop."""
     for item, outcome in outcomes:
-        if item.future.done():
-            continue
-        if isinstance(outcome, ClarifierError):
-            item.future.set_exception(outcome)
-        else:
+        if not item.future.done():
             item.future.set_result(outcome)

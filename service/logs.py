@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from functools import lru_cache
 from typing import Literal
 
 from service.record import Record
@@ -73,9 +74,15 @@ def log_request(record: Record) -> None:
         "width": record.width,
         "height": record.height,
     }
-    requests.log(level, "request", extra={"fields": {k: v for k, v in fields.items() if v not in ("", 0)}})
+    line = logging.LogRecord(requests.name, level, __file__, 0, "request", (), None)  # `log` would look for its caller
+    line.fields = {name: value for name, value in fields.items() if value not in ("", 0)}
+    requests.handle(line)
 
 
 def _timestamp(record: logging.LogRecord) -> str:
-    seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-    return f"{seconds}.{int(record.msecs):03d}Z"
+    return f"{_second(int(record.created))}.{int(record.msecs):03d}Z"
+
+
+@lru_cache(2)
+def _second(since_epoch: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(since_epoch))

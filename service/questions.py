@@ -31,14 +31,14 @@ from service.parameters import (
     read_parameters,
     read_timeout_s,
 )
-from service.queue import Completed, Item
+from service.queue import Completed, Item, Outcome
 from service.record import Record, record_of
 from service.repository import DescribedBundle
 from service.uploads import Account, read_image, read_images
 from service.work import Key, Operation
 
-FRESH_SEEDS = 2**53
-"""Seeds that we draw stay below this, so that JSON clients that count in doubles can send them back."""
+FRESH_SEED_BITS = 53
+"""Of seeds that we draw, so that JSON clients that count in doubles can send them back."""
 SLOW_DEFENSES = frozenset({"aid", "zeropur", "auto"})
 MAX_SLOW_VOTES = 8
 """Of chains with a slow defense: 64 draws would keep the engine from everybody else for minutes."""
@@ -119,7 +119,7 @@ def _key(operation: Operation, name: str, manifest: Manifest, parameters: ModelP
 
 def draw_seed(parameters: DefenseParameters) -> int:
     """The client's seed, or a fresh one."""
-    return secrets.randbelow(FRESH_SEEDS) if parameters.seed is None else parameters.seed
+    return secrets.randbits(FRESH_SEED_BITS) if parameters.seed is None else parameters.seed
 
 
 async def read_upload(question: Question[ModelParameters], request: Request) -> bytes:
@@ -173,7 +173,7 @@ async def answer(question: Question[ModelParameters], request: Request, prepared
 
 async def answer_all(
     question: Question[ModelParameters], request: Request, images: Sequence[Prepared], seeds: Sequence[int]
-) -> list[Completed | ClarifierError]:
+) -> list[Outcome]:
     """Answers in order, an image's own error in its place. A client who leaves takes the images out again.
 
     Uploads that are not kept must be out of memory by now: their bytes are free for others.
@@ -186,12 +186,7 @@ async def answer_all(
     items = question.batcher.admit(question.places, question.key, pixels, seeds, question.deadline)
     watch = asyncio.ensure_future(_withdraw_when_gone(request, question.batcher, items))
     try:
-        outcomes = [await _outcome(question.batcher, item) for item in items]
-    except asyncio.CancelledError:
-        for item in items:
-            item.future.cancel()
-            question.batcher.withdraw(item)
-        raise
+        outcomes = await question.batcher.wait(items)
     finally:
         watch.cancel()
     for outcome in outcomes:
@@ -226,18 +221,10 @@ async def _by_deadline(deadline: float, reading: Awaitable[R]) -> R:
         raise DeadlineExceeded from None
 
 
-async def _outcome(batcher: Batcher, item: Item) -> Completed | ClarifierError:
-    try:
-        return await batcher.wait(item)
-    except ClarifierError as error:
-        return error
-
-
 async def _withdraw_when_gone(request: Request, batcher: Batcher, items: Sequence[Item]) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         continue
-    for item in items:
-        batcher.withdraw(item)
+    batcher.withdraw(items)
 
 
 def _record(question: Question[ModelParameters], completed: Completed) -> None:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from service.errors import ClarifierError
 from service.work import Answer, Key, Pixels
 
 
@@ -22,6 +23,10 @@ class Completed:
     """The run, by the engine's own stages."""
 
 
+Outcome = Completed | ClarifierError
+"""What becomes of an image."""
+
+
 @dataclass(slots=True, eq=False)
 class Item:
     """One image that waits. Times are readings of the monotonic clock, in seconds."""
@@ -31,7 +36,7 @@ class Item:
     seed: int
     deadline: float
     enqueued_at: float
-    future: asyncio.Future[Completed] = field(repr=False)
+    future: asyncio.Future[Outcome] = field(repr=False)
 
 
 class BatchQueue:

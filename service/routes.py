@@ -10,6 +10,7 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.routing import APIRoute
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
@@ -46,7 +47,7 @@ from service.questions import (
     read_upload,
     read_uploads,
 )
-from service.queue import Completed
+from service.queue import Completed, Outcome
 from service.schemas import (
     BatchResponse,
     ClassifyResponse,
@@ -56,7 +57,6 @@ from service.schemas import (
     Problem,
     Timing,
     Verdict,
-    Wire,
 )
 from service.work import Classified, Detected, Floats, Operation, Pixels, Purified
 
@@ -190,8 +190,8 @@ async def detect(request: Request) -> Response:
 # --- answers
 
 
-def _json(answer: Wire) -> Response:
-    return Response(answer.model_dump_json(), media_type="application/json")
+def _json(answer: ClassifyResponse | BatchResponse | DetectResponse) -> Response:
+    return Response(to_json(answer), media_type="application/json")
 
 
 def _classify_response(
@@ -203,6 +203,7 @@ def _classify_response(
     threshold = question.manifest.aid_threshold
     score = classified.aid_score
     top = _top(classified.probabilities, classes, question.parameters.top_k or DEFAULT_TOP_K)
+    first = top[0]
     undefended = classified.undefended
     return ClassifyResponse(
         request_id=question.record.request_id,
@@ -211,9 +212,9 @@ def _classify_response(
         defense=question.key.defense,
         ran=classified.ran or question.key.defense,
         seed=seed,
-        label=top[0].label,
-        index=top[0].index,
-        probability=top[0].probability,
+        label=first["label"],
+        index=first["index"],
+        probability=first["probability"],
         top=top,
         undefended=None if undefended is None else _top(undefended, classes, 1)[0],
         aid_score=score,
@@ -256,7 +257,7 @@ async def _decode_or_error(
 
 
 def _result(
-    question: Question[ClassifyParameters], prepared: Prepared, outcome: Completed | ClarifierError, seed: int
+    question: Question[ClassifyParameters], prepared: Prepared, outcome: Outcome, seed: int
 ) -> ClassifyResponse | Problem:
     if isinstance(outcome, ClarifierError):
         return _problem(question, outcome)

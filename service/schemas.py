@@ -1,8 +1,13 @@
-"""What goes over the wire, in and out, apart from images and query parameters."""
+"""What goes over the wire, in and out, apart from images and query parameters.
+
+Answers of the routes that run an engine are typed dictionaries: making and writing one takes a fifth of the time that a
+validated model takes, and what we made ourselves needs no validation.
+"""
 
 from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
+from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 
 class Wire(BaseModel):
@@ -32,7 +37,7 @@ class Problem(Wire):
     errors: list[ParameterProblem] | None = None
 
 
-class Verdict(Wire):
+class Verdict(TypedDict):
     """A class and its probability."""
 
     label: str
@@ -40,7 +45,7 @@ class Verdict(Wire):
     probability: float
 
 
-class Timing(Wire):
+class Timing(TypedDict):
     """Milliseconds of each stage; `queue` is the wait, `inference` the batch's own run."""
 
     decode: float
@@ -49,7 +54,7 @@ class Timing(Wire):
     total: float
 
 
-class ClassifyResponse(Wire):
+class ClassifyResponse(TypedDict):
     """The answer of POST /classify."""
 
     request_id: str
@@ -72,7 +77,7 @@ class ClassifyResponse(Wire):
     timing_ms: Timing
 
 
-class DetectResponse(Wire):
+class DetectResponse(TypedDict):
     """The answer of POST /detect."""
 
     request_id: str
@@ -84,7 +89,7 @@ class DetectResponse(Wire):
     timing_ms: Timing
 
 
-class BatchResponse(Wire):
+class BatchResponse(TypedDict):
     """The answer of POST /classify/batch: one entry per image, in the order they were sent."""
 
     request_id: str

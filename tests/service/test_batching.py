@@ -80,8 +80,14 @@ def image(value: int) -> Pixels:
 
 
 async def submit(batcher: Batcher, value: int, *, key: Key = A, seconds: float = 20) -> Completed:
-    (one,) = admit(batcher, [value], key=key, seconds=seconds)
-    return await batcher.wait(one)
+    return await answer(batcher, admit(batcher, [value], key=key, seconds=seconds))
+
+
+async def answer(batcher: Batcher, one: Sequence[Item]) -> Completed:
+    (outcome,) = await batcher.wait(one)
+    if isinstance(outcome, ClarifierError):
+        raise outcome
+    return outcome
 
 
 def admit(batcher: Batcher, values: Sequence[int], *, key: Key = A, seconds: float = 20) -> list[Item]:
@@ -223,9 +229,9 @@ def test_row_11_a_client_that_leaves_costs_nothing_and_harms_nobody() -> None:
             cancelled = asyncio.create_task(outcome(submit(batcher, 2)))
             staying = asyncio.create_task(outcome(submit(batcher, 3)))
             await eventually(lambda: batcher.depth == 3)
-            batcher.withdraw(leaving[0])
+            batcher.withdraw(leaving)
             cancelled.cancel()
-            assert await outcome(batcher.wait(leaving[0])) is ClientLeft
+            assert await outcome(answer(batcher, leaving)) is ClientLeft
             await eventually(lambda: batcher.depth == 1)
             engine.gate.set()
             assert (await held, await staying) == (0, 3)
