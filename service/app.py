@@ -17,7 +17,7 @@ from service.batching import Batcher, RunBatch
 from service.errors import install_handlers
 from service.gateway import Gateway
 from service.metrics import Metrics
-from service.middleware import RequestMiddleware
+from service.middleware import DirectMiddleware, RequestMiddleware
 from service.probes import probes
 from service.repository import Catalog, load_repository, warm_bundles
 from service.routes import direct, router
@@ -73,11 +73,13 @@ def create_app(settings: Settings, load: Callable[[Settings], Loaded] = load_eng
         redoc_url=None,
         swagger_ui_parameters={"tryItOutEnabled": True},
         lifespan=_lifespan(gateway, load),
+        telemetry={"metrics": False, "logs": False},  # ours; whether they are configured is asked at every request
     )
     app.state.gateway = gateway
     app.include_router(direct)
     app.include_router(router)
     app.include_router(probes)
+    app.add_middleware(DirectMiddleware, routes=direct.routes)
     app.add_middleware(RequestMiddleware, metrics=gateway.metrics)
     install_handlers(app)
     return app

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import TooBusy, answer_of
+from service.errors import ClarifierError, TooBusy, answer_of
 from service.logs import log_request
 from service.metrics import Metrics
-from service.record import new_record
+from service.record import Record, new_record, record_of
 
 MAX_ACTIVE_REQUESTS = 2048
 """That are being answered; idle connections are not counted."""
@@ -42,12 +46,9 @@ class RequestMiddleware:
         async def completed_send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                answer = MutableHeaders(scope=message)
-                answer["X-Request-Id"] = record.request_id
-                if record.timing_ms:
-                    answer["Server-Timing"] = ", ".join(f"{k};dur={v:.2f}" for k, v in record.timing_ms.items())
+                message["headers"] = [*message["headers"], *_own_headers(record)]
                 if unread:  # what the client goes on sending would be taken for its next request
-                    answer["Connection"] = "close"
+                    MutableHeaders(scope=message)["Connection"] = "close"
             await send(message)
 
         app: ASGIApp = self.app
@@ -63,3 +64,41 @@ class RequestMiddleware:
             record.route = getattr(scope.get("route"), "path", "other")
             self.metrics.count_request(record)
             log_request(record)
+
+
+def _own_headers(record: Record) -> list[tuple[bytes, bytes]]:
+    headers = [(b"x-request-id", record.request_id.encode())]
+    if record.timing_ms:
+        timing = ", ".join([f"{stage};dur={spent:.2f}" for stage, spent in record.timing_ms.items()])
+        headers.append((b"server-timing", timing.encode()))
+    return headers
+
+
+class DirectMiddleware:
+    """Answers the requests of `routes` by itself, and hands every other one to the framework.
+
+    Between a request and its handler the framework matches, includes, validates and catches for a sixth of the time
+    that a small image takes, and these handlers use none of it: they take the request and return the response. Errors
+    of ours are answered here, all others where the framework does.
+    """
+
+    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
+        self.app = app
+        self._routes = {
+            (method, route.path): route
+            for route in routes
+            if isinstance(route, Route)
+            for method in route.methods or ()
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route = self._routes.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
+        if route is None:
+            await self.app(scope, receive, send)
+            return
+        scope["route"] = route
+        try:
+            response = await route.endpoint(Request(scope, receive, send))
+            await response(scope, receive, send)
+        except ClarifierError as error:  # a response raises one only before it has begun
+            await answer_of(error, record_of(scope))(scope, receive, send)

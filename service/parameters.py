@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import re
+from functools import lru_cache
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.datastructures import QueryParams
 
 from service.errors import DeadlineExceeded, InvalidParameter
 from service.schemas import ParameterProblem
 
 MAX_VOTES = 64
+REMEMBERED_QUERIES = 1024
+"""Most clients ask the same question of every image. What is not valid is not remembered."""
 
 Model = Annotated[
     str | None,
@@ -105,7 +109,13 @@ P = TypeVar("P", bound=Parameters)
 
 def read_parameters(kind: type[P], request: Request) -> P:
     """The query of `request`. Raises InvalidParameter, with a pointer to each thing that is wrong."""
-    items = request.query_params.multi_items()
+    read: P = _parameters(kind, request.scope["query_string"])
+    return read
+
+
+@lru_cache(REMEMBERED_QUERIES)
+def _parameters(kind: type[P], query: bytes) -> P:
+    items = QueryParams(query).multi_items()
     values = dict(items)
     if len(values) < len(items):
         names = [name for name, _ in items]

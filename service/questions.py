@@ -8,9 +8,8 @@ queue, except that `/purify?size=original` decodes the upload again for its answ
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, ParamSpec, TypeVar
@@ -19,6 +18,7 @@ from fastapi import Request
 
 from models.manifest import Manifest, UnknownDefense
 from service.batching import Batcher, Places
+from service.entropy import entropy
 from service.errors import ClarifierError, ClientLeft, DeadlineExceeded
 from service.gateway import Gateway, gateway_of
 from service.images import Decoded, decode_if_quick, decode_image
@@ -33,7 +33,7 @@ from service.parameters import (
 )
 from service.queue import Completed, Item, Outcome
 from service.record import Record, record_of
-from service.repository import DescribedBundle
+from service.repository import Catalog, DescribedBundle
 from service.uploads import Account, read_image, read_images
 from service.work import Key, Operation
 
@@ -92,42 +92,42 @@ def ask(request: Request, operation: Operation, kind: type[P]) -> Iterator[Quest
     with gateway.let_in() as batcher, batcher.places() as places, gateway.uploads.account() as account:
         wanted = parameters.model
         name, bundle = gateway.catalog.find(gateway.settings.default_model if wanted is None else wanted)
-        key = _key(operation, name, bundle.manifest, parameters)
+        key = _key(operation, name, gateway.catalog, parameters)
         record.model, record.digest = name, bundle.digest
         record.defense = key.defense if isinstance(parameters, DefenseParameters) else ""
         yield Question(gateway, batcher, places, account, record, parameters, bundle, key, deadline)
 
 
-def _key(operation: Operation, name: str, manifest: Manifest, parameters: ModelParameters) -> Key:
+def _key(operation: Operation, name: str, catalog: Catalog, parameters: ModelParameters) -> Key:
     if not isinstance(parameters, DefenseParameters):
         return Key(operation, name)
-    wanted = manifest.default_defense if parameters.defense is None else parameters.defense
     try:
-        defense = manifest.resolve(wanted)
+        chain = catalog.chain(name, parameters.defense)
     except UnknownDefense as error:
         raise invalid(("query", "defense", str(error))) from None
     if not isinstance(parameters, ClassifyParameters):
-        return Key(operation, name, defense)
-    if parameters.top_k is not None and parameters.top_k > len(manifest.classes):
-        raise invalid(("query", "top_k", f"the model has {len(manifest.classes)} classes"))
-    votes = parameters.votes if manifest.is_random(defense) else 1
-    if votes > MAX_SLOW_VOTES and not SLOW_DEFENSES.isdisjoint(step for step, _ in manifest.chain(defense)):
+        return Key(operation, name, chain.defense)
+    classes = catalog.bundles[name].manifest.classes
+    if parameters.top_k is not None and parameters.top_k > len(classes):
+        raise invalid(("query", "top_k", f"the model has {len(classes)} classes"))
+    votes = parameters.votes if chain.is_random else 1
+    if votes > MAX_SLOW_VOTES and not SLOW_DEFENSES.isdisjoint(chain.steps):
         slow = " or ".join(sorted(SLOW_DEFENSES))
         raise invalid(("query", "votes", f"is at most {MAX_SLOW_VOTES} for a random chain with {slow}"))
-    return Key(operation, name, defense, votes, parameters.explain)
+    return Key(operation, name, chain.defense, votes, parameters.explain)
 
 
 def draw_seed(parameters: DefenseParameters) -> int:
     """The client's seed, or a fresh one."""
-    return secrets.randbits(FRESH_SEED_BITS) if parameters.seed is None else parameters.seed
+    return entropy.bits(FRESH_SEED_BITS) if parameters.seed is None else parameters.seed
 
 
 async def read_upload(question: Question[ModelParameters], request: Request) -> bytes:
     """The bytes of the one image, which has a place in the queue from now on."""
     gateway = question.gateway
     settings = gateway.settings
-    reading = read_image(request, question.account, gateway.decoders, settings.max_image_bytes, settings.body_timeout_s)
-    data, declared = await _by_deadline(question.deadline, reading)
+    limits = (settings.max_image_bytes, settings.body_timeout_s, question.deadline)
+    data, declared = await read_image(request, question.account, gateway.decoders, *limits)
     question.record.bytes, question.record.declared = len(data), declared
     question.batcher.reserve(question.places, 1)
     return data
@@ -137,9 +137,8 @@ async def read_uploads(question: Question[ModelParameters], request: Request) ->
     """Each image of a client's batch, which has a place in the queue from now on, or why it is refused."""
     gateway = question.gateway
     settings = gateway.settings
-    limits = (settings.max_batch_size, settings.max_image_bytes, settings.body_timeout_s)
-    reading = read_images(request, question.account, gateway.decoders, *limits)
-    images = await _by_deadline(question.deadline, reading)
+    limits = (settings.max_batch_size, settings.max_image_bytes, settings.body_timeout_s, question.deadline)
+    images = await read_images(request, question.account, gateway.decoders, *limits)
     sound = [image for image in images if isinstance(image, bytes)]
     question.record.bytes = sum(map(len, sound))
     question.batcher.reserve(question.places, len(sound))
@@ -211,14 +210,6 @@ async def in_thread(
         return function(*arguments, **named)
 
     return await asyncio.get_running_loop().run_in_executor(question.gateway.decoders, in_time)
-
-
-async def _by_deadline(deadline: float, reading: Awaitable[R]) -> R:
-    try:
-        async with asyncio.timeout(deadline - time.monotonic()):
-            return await reading
-    except TimeoutError:
-        raise DeadlineExceeded from None
 
 
 async def _withdraw_when_gone(request: Request, batcher: Batcher, items: Sequence[Item]) -> None:

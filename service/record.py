@@ -6,8 +6,9 @@ import re
 import time
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
-from secrets import token_hex
 from typing import Any
+
+from service.entropy import entropy
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 ALIASES = {"jpeg": "image/jpg"}
@@ -57,7 +58,7 @@ class Record:
 
 def new_record(offered_id: str) -> Record:
     """A record for a request that came now; `offered_id` is the client's request id if it is a sound one."""
-    return Record(offered_id if REQUEST_ID.fullmatch(offered_id) else token_hex(16))
+    return Record(offered_id if REQUEST_ID.fullmatch(offered_id) else entropy.take(16).hex())
 
 
 def record_of(scope: MutableMapping[str, Any]) -> Record:

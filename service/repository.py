@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -14,6 +16,8 @@ from service.schemas import DefenseInfo, ModelInfo, Refusal
 from service.work import EngineFault
 
 logger = logging.getLogger(__name__)
+
+REMEMBERED_CHAINS = 1024
 
 PICKLES = (".pt", ".pt2", ".pth", ".pkl", ".pickle", ".ckpt", ".bin", ".mar")
 """Files that can run code when they are read. They are never opened."""
@@ -38,12 +42,31 @@ class DescribedBundle(Protocol):
 B = TypeVar("B", bound=DescribedBundle)
 
 
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """What a bundle's manifest says about a defense that clients ask for."""
+
+    defense: str
+    """Canonical, as `Manifest.resolve` writes it."""
+    steps: frozenset[str]
+    """The names of its defenses."""
+    is_random: bool
+
+
 class Catalog:
     """The bundles that are loaded, and those that were refused."""
 
     def __init__(self, bundles: Mapping[str, DescribedBundle], refused: Sequence[Refusal] = ()) -> None:
         self.bundles = dict(bundles)
         self.refused = tuple(refused)
+        self.chain = lru_cache(REMEMBERED_CHAINS)(self._chain)
+        """(`name@version` of a bundle, a chain or None for its default) to Chain. Raises UnknownDefense."""
+
+    def _chain(self, name: str, wanted: str | None) -> Chain:
+        manifest = self.bundles[name].manifest
+        defense = manifest.resolve(manifest.default_defense if wanted is None else wanted)
+        steps = frozenset(step for step, _ in manifest.chain(defense))
+        return Chain(defense, steps, manifest.is_random(defense))
 
     def find(self, name: str) -> tuple[str, DescribedBundle]:
         """`name@version` and bundle of `name` (its newest version) or `name@version`. Raises UnknownModel."""

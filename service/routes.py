@@ -9,10 +9,8 @@ from html import escape
 import numpy as np
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
-from fastapi.routing import APIRoute
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
 
 from service.downloads import Download
 from service.errors import (
@@ -68,20 +66,8 @@ HUGE_TYPES = ("image/png",)
 DEFAULT_TOP_K = 5
 
 
-class DirectRoute(APIRoute):
-    """A route whose handler takes the request and returns the response, without FastAPI's own handler around it.
-
-    What that does (dependencies, bodies, validation of answers) takes time, and none of it is used here.
-    """
-
-    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["method"] not in (self.methods or ()):
-            return await super().handle(scope, receive, send)
-        response = await self.endpoint(Request(scope, receive, send))
-        await response(scope, receive, send)
-
-
-direct = APIRouter(responses=problems(), tags=["images"], route_class=DirectRoute)
+direct = APIRouter(responses=problems(), tags=["images"])
+"""Handlers that take the request and return the response, so that `DirectMiddleware` can call them."""
 router = APIRouter(responses={"default": problem_response("A problem")}, tags=["service"])
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -14,13 +15,13 @@ from typing import NamedTuple
 
 from fastapi import Request
 from python_multipart.multipart import parse_options_header
-from starlette.requests import ClientDisconnect
 
 from service.errors import (
     BodyTooLarge,
     BodyTooSlow,
     ClarifierError,
     ClientLeft,
+    DeadlineExceeded,
     EmptyBody,
     MalformedMultipart,
     Overloaded,
@@ -32,6 +33,8 @@ from service.schemas import ParameterProblem
 
 RAW_TYPES = ("", "application/octet-stream", "image/jpeg", "image/jpg", "image/png", "image/webp", "image/bmp")
 """Content types of a raw body. The bytes decide what it is anyway, so none at all (`curl -T`) is fine too."""
+QUICK_BYTES = 16 * 1024
+"""A multipart message of no more is taken apart at once: the way to a thread and back would take longer."""
 FRAMING_BYTES = 16 * 1024
 """What a multipart message may add to one image: boundaries, part headers, a long file name."""
 MAX_HEAD_BYTES = 8 * 1024
@@ -90,27 +93,38 @@ class Account:
         self._held = 0
 
 
-async def read_image(request: Request, account: Account, parsers: Executor, max_bytes: int, timeout_s: float) -> Upload:
+async def read_image(
+    request: Request, account: Account, parsers: Executor, max_bytes: int, timeout_s: float, deadline: float
+) -> Upload:
     """The one image of `request`: its raw body, or its multipart field `image`, which one of `parsers` takes out.
 
     Raises UnsupportedMedia, EmptyBody, BodyTooLarge (declared: before reading; else at the first byte over),
-    BodyTooSlow, Overloaded (the budget of `account`), MalformedMultipart, WrongField, and ClientLeft.
+    BodyTooSlow, DeadlineExceeded, Overloaded (the budget of `account`), MalformedMultipart, WrongField, and ClientLeft.
     """
     content_type, boundary = _content_type(request)
     if boundary is None:
         if content_type not in RAW_TYPES:
             raise UnsupportedMedia("send an image type, application/octet-stream or multipart/form-data")
-        return Upload(await _read(request, account, max_bytes, timeout_s), content_type)
-    body = await _read(request, account, max_bytes + FRAMING_BYTES, timeout_s)
-    loop = asyncio.get_running_loop()
-    (upload,) = await loop.run_in_executor(parsers, _images_of, body, boundary, "image", 1, max_bytes)
+        return Upload(await _read(request, account, max_bytes, timeout_s, deadline), content_type)
+    body = await _read(request, account, max_bytes + FRAMING_BYTES, timeout_s, deadline)
+    if len(body) <= QUICK_BYTES:
+        (upload,) = _images_of(body, boundary, "image", 1, max_bytes)
+    else:
+        loop = asyncio.get_running_loop()
+        (upload,) = await loop.run_in_executor(parsers, _images_of, body, boundary, "image", 1, max_bytes)
     if isinstance(upload, ClarifierError):
         raise upload
     return upload
 
 
 async def read_images(
-    request: Request, account: Account, parsers: Executor, max_images: int, max_bytes: int, timeout_s: float
+    request: Request,
+    account: Account,
+    parsers: Executor,
+    max_images: int,
+    max_bytes: int,
+    timeout_s: float,
+    deadline: float,
 ) -> list[bytes | ClarifierError]:
     """The images of a batch, in order: 1 to `max_images` multipart fields `images`.
 
@@ -122,7 +136,7 @@ async def read_images(
         if request.headers.get("content-length", "0") == "0" and "transfer-encoding" not in request.headers:
             raise EmptyBody
         raise UnsupportedMedia("send multipart/form-data with the images in fields named images")
-    body = await _read(request, account, batch_body_bytes(max_images, max_bytes), timeout_s)
+    body = await _read(request, account, batch_body_bytes(max_images, max_bytes), timeout_s, deadline)
     loop = asyncio.get_running_loop()
     uploads = await loop.run_in_executor(parsers, _images_of, body, boundary, "images", max_images, max_bytes)
     return [upload if isinstance(upload, ClarifierError) else upload.data for upload in uploads]
@@ -151,17 +165,18 @@ def _content_type(request: Request) -> tuple[str, bytes | None]:
     return "multipart/form-data", boundary
 
 
-async def _read(request: Request, account: Account, limit: int, timeout_s: float) -> bytes:
+async def _read(request: Request, account: Account, limit: int, timeout_s: float, deadline: float) -> bytes:
+    """The whole body, within `limit` bytes and `timeout_s` seconds, by `deadline` (of the monotonic clock)."""
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > limit:
         raise BodyTooLarge(f"the body may have {limit} bytes", limit=limit, actual=int(declared))
     try:
-        async with asyncio.timeout(timeout_s):
+        async with asyncio.timeout(min(timeout_s, deadline - time.monotonic())):
             body = await _read_until(request, account, limit)
     except TimeoutError:
+        if time.monotonic() >= deadline:
+            raise DeadlineExceeded from None
         raise BodyTooSlow(f"the body must arrive within {timeout_s:g} s") from None
-    except ClientDisconnect:
-        raise ClientLeft from None
     if not body:
         raise EmptyBody
     return body
@@ -170,7 +185,13 @@ async def _read(request: Request, account: Account, limit: int, timeout_s: float
 async def _read_until(request: Request, account: Account, limit: int) -> bytes:
     chunks = list[bytes]()
     size = 0
-    async for chunk in request.stream():
+    more = True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        more = message.get("more_body", False)
+        chunk = message.get("body", b"")
         size += len(chunk)
         if size > limit:
             raise BodyTooLarge(f"the body may have {limit} bytes", limit=limit)

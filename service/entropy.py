@@ -1,0 +1,38 @@
+"""Random numbers of the operating system, fetched many at a time: each call costs as much as decoding a small image."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+FETCHED_BYTES = 4096
+
+
+class Entropy:
+    """Hands out what `os.urandom` gave, every byte once. Any thread may ask."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._left = memoryview(b"")
+        os.register_at_fork(after_in_child=self._forget)  # or parent and child would draw the same
+
+    def take(self, count: int) -> bytes:
+        """`count` bytes, at most FETCHED_BYTES."""
+        with self._lock:
+            if len(self._left) < count:
+                self._left = memoryview(os.urandom(FETCHED_BYTES))
+            taken, self._left = self._left[:count], self._left[count:]
+            return bytes(taken)
+
+    def bits(self, count: int) -> int:
+        """A number of at most `count` bits, each of them as likely."""
+        size = (count + 7) // 8
+        return int.from_bytes(self.take(size), "little") >> (8 * size - count)
+
+    def _forget(self) -> None:
+        self._lock = threading.Lock()
+        self._left = memoryview(b"")
+
+
+entropy = Entropy()
+"""Of this process."""
