@@ -51,9 +51,7 @@ def run() -> dict[str, object]:
         print(f"one request at a time, {name}: p50 {milliseconds:.1f} ms")
     print(f"atop, {CLIENTS} clients: {rates['clarifier']:.1f} requests/s")
     print(f"  offline {rates['offline']:.1f} images/s: ratio {_spread(ratios['offline'])}")
-    print(
-        f"  offline with freed memory kept {rates['offline_kept']:.1f} images/s: ratio {_spread(ratios['offline_kept'])}"
-    )
+    print(f"  offline, freed memory kept {rates['offline_kept']:.1f} images/s: ratio {_spread(ratios['offline_kept'])}")
     return {
         "latency_p50_ms": latency,
         "throughput": rates,

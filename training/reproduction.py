@@ -1,7 +1,8 @@
 """`python -m training.reproduction`: what the papers say beside what we measured, as a page, from finished evaluations.
 
 The rows and the papers' numbers are in `recipes/reproduction/tables.toml`; ours come from the reports that `evaluate`
-leaves under `runs/evaluations/`. Nothing of ours is typed by hand, and what was not run is called so.
+leaves under `runs/evaluations/`. They are kept beside the page, so that it outlives the run directories and each of its
+numbers can be looked up. Nothing of ours is typed by hand, and what was not run is called so.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shutil
 import sys
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -53,7 +55,7 @@ class Row(Strict):
 
     @property
     def report(self) -> str:
-        """Where the evaluation leaves its report, below `runs/evaluations/`."""
+        """Where the evaluation leaves its report, below `runs/evaluations/`, and where it is kept."""
         name, version = Path(self.bundle).parts[-2:]
         return f"{name}-{version}/{self.recipe}.json"
 
@@ -119,29 +121,29 @@ def read_tables(path: Path = TABLES) -> tuple[Table, ...]:
     return Tables.model_validate(tomllib.loads(path.read_text())).tables
 
 
-def page(tables: Iterable[Table], runs: Path) -> str:
+def page(tables: Iterable[Table], kept: Path) -> str:
     """The whole page, Markdown."""
     parts = [
         "# Reproduction",
         "",
         "The papers' tables as far as CIFAR-10 and two CPU cores go: their number, and ours in percent with",
-        "Wilson's 95 % interval and n. `python -m training.reproduction` writes this page from the reports under",
-        "`runs/evaluations/`; the commands under a table measure its rows. Networks and training are far smaller",
-        "than the papers': directions should agree, not digits. Whether one holds is decided image by image, by a",
-        "sign test at 5 %, which sees smaller differences than intervals do. Every command is one of",
-        "`python -m training`, with `--recipe training/recipes/` in front of the name of its recipe, and",
-        "`--data FOLDER` if the data is there.",
+        "Wilson's 95 % interval and n. `python -m training.reproduction` takes the reports that the commands under",
+        "a table left in `runs/evaluations/`, keeps them in `docs/reproduction/`, and writes this page from those.",
+        "Networks and training are far smaller than the papers': directions should agree, not digits. Whether one",
+        "holds is decided image by image, by a sign test at 5 %, which sees smaller differences than intervals do.",
+        "Every command is one of `python -m training`, with `--recipe training/recipes/` in front of the name of",
+        "its recipe, and `--data FOLDER` if the data is there.",
     ]
     for table in tables:
-        parts += ["", *section(table, runs)]
+        parts += ["", *section(table, kept)]
     return "\n".join(parts) + "\n"
 
 
-def section(table: Table, runs: Path) -> list[str]:
+def section(table: Table, kept: Path) -> list[str]:
     """One table with what must hold of it, and its commands."""
-    small, grown = {row.name: row for row in table.rows}, in_papers_size(table, runs)
+    small, grown = {row.name: row for row in table.rows}, in_papers_size(table, kept)
     rows = [*small.values(), *grown.values()]
-    reports = {row.report: report_of(runs, row) for row in rows}
+    reports = {row.report: report_of(kept, row) for row in rows}
     head = " | ".join(f"{column}, paper | ours" for column in table.columns)
     lines = [f"## {table.title}", "", table.ours, "", f"| | {head} |", "|---|" + "---|---|" * len(table.columns)]
     for row in rows:
@@ -160,14 +162,14 @@ def section(table: Table, runs: Path) -> list[str]:
     return [*lines, "", folded, "", *commands(table, rows, reports), "", "</details>"]
 
 
-def in_papers_size(table: Table, runs: Path) -> dict[str, Row]:
+def in_papers_size(table: Table, kept: Path) -> dict[str, Row]:
     """The rows with the paper's networks that have been evaluated, by the names of the small ones."""
     grown = {
         row.name: row.model_copy(update={"name": row.name + IN_PAPERS_SIZE, "bundle": row.paper_bundle})
         for row in table.rows
         if row.paper_bundle is not None
     }
-    return {name: row for name, row in grown.items() if report_of(runs, row) is not None}
+    return {name: row for name, row in grown.items() if report_of(kept, row) is not None}
 
 
 def cell(reports: Reports, row: Row, column: str) -> Mapping[str, Any] | None:
@@ -239,6 +241,7 @@ def commands(table: Table, rows: Sequence[Row], reports: Reports) -> list[str]:
             threads = f"{hardware['threads']} thread{'s' if hardware['threads'] > 1 else ''}"
             machine = hardware["gpu"] or f"{threads} of {hardware['cpu']}"
             where = f"seed {recipe['seed']}, {machine}, {minutes:.0f} minutes, commit {recipe['git_commit'][:12]}"
+            where += f"; {report['note']}" if "note" in report else ""
         lines += [f"- `evaluate reproduction/{row.recipe}.toml --bundle {row.bundle} --keep-report`: {where}"]
     if table.paper_size:
         steps = ", ".join(f"`{command}`" for command in table.paper_size)
@@ -246,13 +249,13 @@ def commands(table: Table, rows: Sequence[Row], reports: Reports) -> list[str]:
     return lines
 
 
-def report_of(runs: Path, row: Row) -> dict[str, Any] | None:
+def report_of(kept: Path, row: Row) -> dict[str, Any] | None:
     """The report that the row's evaluation left, if it was run to its end.
 
     Raises ValueError for one that was measured by another recipe of that name, with other options, or with other
-    weights or presets than its bundle has now, if that is at hand.
+    weights or presets than its bundle has now, if that is at hand. One with a `note` says itself what it is.
     """
-    path = runs / "evaluations" / row.report
+    path = kept / row.report
     if not path.exists():
         return None
     found: dict[str, Any] = json.loads(path.read_text())
@@ -261,19 +264,37 @@ def report_of(runs: Path, row: Row) -> dict[str, Any] | None:
     if other := [name for name, value in wanted.items() if found["recipe"].get(name) != value]:
         raise ValueError(f"{path} was not measured by {row.recipe}.toml as it is now: {', '.join(other)} differ")
     bundle = Path(row.bundle) / "bundle.json"
-    if bundle.exists() and content_sha256(bundle.read_bytes()) != found["recipe"].get("content_sha256"):
+    known = found["recipe"].get("content_sha256")
+    if "note" not in found and bundle.exists() and content_sha256(bundle.read_bytes()) != known:
         raise ValueError(f"{path} was measured with other weights or presets than {row.bundle} has now")
     return found
 
 
+def keep(tables: Iterable[Table], runs: Path, kept: Path) -> None:
+    """Take the reports of `tables` that finished evaluations left below `runs`; an older one is replaced."""
+    for row in itertools.chain.from_iterable(table.rows for table in tables):
+        grown = row.model_copy(update={"bundle": row.paper_bundle or row.bundle})
+        for name in {row.report, grown.report}:
+            if (found := runs / "evaluations" / name).exists():
+                (kept / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(found, kept / name)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Write the page; the exit status is 2 if tables or reports cannot be read."""
+    """Keep new reports and write the page; the exit status is 2 if tables or reports cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m training.reproduction", description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where evaluations are")
-    parser.add_argument("--output", type=Path, default=Path("docs/reproduction.md"), help="the page")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("docs/reproduction.md"),
+        help="the page; reports are kept in a folder beside it",
+    )
     options = parser.parse_args(arguments)
     try:
-        text = page(read_tables(), options.runs)
+        tables, kept = read_tables(), options.output.with_suffix("")
+        keep(tables, options.runs, kept)
+        text = page(tables, kept)
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(text)
     except (OSError, ValueError, RecipeError) as error:

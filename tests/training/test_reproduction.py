@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.training.tiny import Workshop
+from training import reproduction
 from training.__main__ import RECIPES
 from training.config import EvaluateRecipe, read_recipe
 from training.provenance import content_sha256
@@ -62,15 +63,15 @@ def table(*directions: Direction) -> Table:
     )
 
 
-def runs_with_a_report(folder: Path) -> Path:
-    path = folder / "evaluations" / "b-1" / "atop-7.json"
+def kept_report(folder: Path) -> Path:
+    path = folder / "b-1" / "atop-7.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(report()))
     return folder
 
 
 def test_the_page_has_the_papers_number_beside_ours(tmp_path: Path) -> None:
-    lines = page([table()], runs_with_a_report(tmp_path)).splitlines()
+    lines = page([table()], kept_report(tmp_path)).splitlines()
     defended = next(line for line in lines if line.startswith("| AToP"))
     assert defended == (
         "| AToP | 90.00 | 90.0 (89.0 to 91.0, n 512) | 84.57 | 80.0 (79.0 to 81.0, n 512) "
@@ -88,19 +89,19 @@ def test_the_papers_size_has_a_row_once_it_was_evaluated(tmp_path: Path) -> None
     grown = plain.model_copy(
         update={"rows": tuple(each.model_copy(update={"paper_bundle": "runs/big/1"}) for each in plain.rows)}
     )
-    runs = runs_with_a_report(tmp_path)
-    assert "paper's size" not in page([grown], runs)
-    big = runs / "evaluations" / "big-1"
+    kept = kept_report(tmp_path)
+    assert "paper's size" not in page([grown], kept)
+    big = kept / "big-1"
     big.mkdir()
     (big / "atop-7.json").write_text(json.dumps(report()))
-    text = page([grown], runs)
+    text = page([grown], kept)
     assert "| AToP (paper's size) | 90.00 | 90.0" in text
     assert "--bundle runs/big/1" in text
     assert "| other (paper's size)" not in text
 
 
 def test_every_evaluation_stands_once_with_command_seed_machine_and_commit(tmp_path: Path) -> None:
-    text = page([table()], runs_with_a_report(tmp_path))
+    text = page([table()], kept_report(tmp_path))
     assert text.count("`evaluate reproduction/atop-7.toml --bundle runs/b/1 --keep-report`") == 1
     assert "seed 0, 2 threads of a processor, 4 minutes, commit 0123456789ab" in text
     assert "`evaluate reproduction/aid-8.toml --bundle runs/b/1 --keep-report`: not run" in text
@@ -124,7 +125,7 @@ def test_a_direction_is_judged_by_what_was_measured(
     cells: tuple[tuple[str, str], ...], at_most: float | None, said: str, tmp_path: Path
 ) -> None:
     direction = Direction(says="It falls", cells=tuple(cells), at_most=at_most)
-    assert f"- It falls: {said}." in page([table(direction)], runs_with_a_report(tmp_path)).splitlines()
+    assert f"- It falls: {said}." in page([table(direction)], kept_report(tmp_path)).splitlines()
 
 
 @pytest.mark.parametrize(
@@ -132,15 +133,15 @@ def test_a_direction_is_judged_by_what_was_measured(
     [(8, 1, "holds"), (4, 1, "cannot be told apart"), (1, 8, "**does not hold**"), (0, 0, "cannot be told apart")],
 )
 def test_on_the_same_images_a_sign_test_decides(better: int, worse: int, said: str, tmp_path: Path) -> None:
-    runs, both = runs_with_a_report(tmp_path), "1" * 300 + "0" * 200
+    kept, both = kept_report(tmp_path), "1" * 300 + "0" * 200
     outcomes = {
         "atop": {"pgd20": both + "1" * better + "0" * worse},
         "none": {"pgd20": both + "0" * better + "1" * worse},
     }
-    path = runs / "evaluations" / "b-1" / "atop-7.json"
+    path = kept / "b-1" / "atop-7.json"
     path.write_text(json.dumps({**report(), "outcomes": outcomes}))
     direction = Direction(says="It helps", cells=(("AToP", "pgd20"), ("none", "pgd20")))
-    assert f"- It helps: {said} (80.0, 80.0)." in page([table(direction)], runs).splitlines()
+    assert f"- It helps: {said} (80.0, 80.0)." in page([table(direction)], kept).splitlines()
 
 
 def test_outcomes_of_other_images_are_not_compared_one_by_one() -> None:
@@ -154,10 +155,10 @@ def test_outcomes_of_other_images_are_not_compared_one_by_one() -> None:
 
 def test_a_direction_is_judged_again_for_the_papers_size(tmp_path: Path) -> None:
     direction = Direction(says="It falls", cells=(("none", "standard"), ("AToP", "standard")))
-    runs = runs_with_a_report(tmp_path)
+    kept = kept_report(tmp_path)
     grown = table(direction)
     rows = [each.model_copy(update={"paper_bundle": "runs/b/1", "bundle": "runs/none/1"}) for each in grown.rows]
-    lines = page([grown.model_copy(update={"rows": tuple(rows)})], runs).splitlines()
+    lines = page([grown.model_copy(update={"rows": tuple(rows)})], kept).splitlines()
     assert "- It falls: not run." in lines
     assert "- It falls (paper's size): holds (95.0, 90.0)." in lines
 
@@ -211,28 +212,50 @@ def test_a_direction_that_could_not_fail_is_refused(cells: tuple[tuple[str, str]
 
 
 def test_a_report_by_another_recipe_is_refused(tmp_path: Path) -> None:
-    runs = runs_with_a_report(tmp_path)
-    path = runs / "evaluations" / "b-1" / "atop-7.json"
+    kept = kept_report(tmp_path)
+    path = kept / "b-1" / "atop-7.json"
     path.write_text(json.dumps({**report(), "recipe": {**settings(), "seed": 1}}))
     with pytest.raises(ValueError, match=r"not measured by atop-7.toml as it is now: seed differ"):
-        page([table()], runs)
+        page([table()], kept)
 
 
 def test_a_report_of_another_state_of_the_bundle_is_refused(
     finished: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs = runs_with_a_report(tmp_path)
+    kept = kept_report(tmp_path)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished.bundle, tmp_path / "runs" / "b" / "1")
     with pytest.raises(ValueError, match="other weights or presets than runs/b/1 has now"):
-        page([table()], runs)
+        page([table()], kept)
     own = content_sha256((finished.bundle / "bundle.json").read_bytes())
-    path = runs / "evaluations" / "b-1" / "atop-7.json"
+    path = kept / "b-1" / "atop-7.json"
     path.write_text(json.dumps({**report(), "recipe": report()["recipe"] | {"content_sha256": own}}))
-    assert "90.0 (89.0 to 91.0, n 512)" in page([table()], runs)
+    assert "90.0 (89.0 to 91.0, n 512)" in page([table()], kept)
 
 
-def test_the_command_writes_the_page(tmp_path: Path) -> None:
-    assert main(["--runs", str(tmp_path), "--output", str(tmp_path / "docs" / "page.md")]) == 0
-    assert (tmp_path / "docs" / "page.md").read_text() == page(read_tables(), tmp_path)
+def test_a_report_with_a_note_says_itself_what_it_is(
+    finished: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = kept_report(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished.bundle, tmp_path / "runs" / "b" / "1")
+    (kept / "b-1" / "atop-7.json").write_text(json.dumps({**report(), "note": "of a former bundle"}))
+    assert "commit 0123456789ab; of a former bundle" in page([table()], kept)
+
+
+def test_the_command_keeps_new_reports_and_writes_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduction, "read_tables", lambda: (table(),))
+    kept_report(tmp_path / "runs" / "evaluations")
+    command = ["--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "docs" / "page.md")]
+    assert main(command) == 0
+    text = (tmp_path / "docs" / "page.md").read_text()
+    assert "90.0 (89.0 to 91.0, n 512)" in text
+    shutil.rmtree(tmp_path / "runs")
+    assert main(command) == 0
+    assert (tmp_path / "docs" / "page.md").read_text() == text
     assert main(["--output", str(tmp_path)]) == 2  # a folder
+
+
+def test_what_is_kept_is_what_the_page_says() -> None:
+    docs = FOLDER.parents[1] / "docs"
+    assert (docs / "reproduction.md").read_text() == page(read_tables(), docs / "reproduction")
