@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
 from service.batching import Batcher, RunBatch
+from service.entropy import Entropy
 from service.errors import install_handlers
 from service.gateway import Gateway
 from service.metrics import Metrics
@@ -66,21 +67,21 @@ def create_app(settings: Settings, load: Callable[[Settings], Loaded] = load_eng
     """The application. It answers probes at once, and images as soon as `load` has come back."""
     decoders = ThreadPoolExecutor(decoder_threads(), "decoder")
     budget = ByteBudget(budget_bytes(settings.max_batch_size, settings.max_image_bytes))
-    gateway = Gateway(settings, Metrics(), decoders, budget)
+    gateway = Gateway(settings, Metrics(), decoders, budget, Entropy())
     app = FastAPIOffline(
         title="Clarifier",
         description=f"{DESCRIPTION} {_limits(settings)}",
         redoc_url=None,
         swagger_ui_parameters={"tryItOutEnabled": True},
         lifespan=_lifespan(gateway, load),
-        telemetry={"metrics": False, "logs": False},  # ours; whether they are configured is asked at every request
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # the framework's; ours are apart
     )
     app.state.gateway = gateway
     app.include_router(direct)
     app.include_router(router)
     app.include_router(probes)
     app.add_middleware(DirectMiddleware, routes=direct.routes)
-    app.add_middleware(RequestMiddleware, metrics=gateway.metrics)
+    app.add_middleware(RequestMiddleware, metrics=gateway.metrics, entropy=gateway.entropy)
     install_handlers(app)
     return app
 

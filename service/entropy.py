@@ -9,18 +9,18 @@ FETCHED_BYTES = 4096
 
 
 class Entropy:
-    """Hands out what `os.urandom` gave, every byte once. Any thread may ask."""
+    """Hands out what `os.urandom` gave, every byte once. Any thread may ask, and a forked process fetches its own."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._left = memoryview(b"")
-        os.register_at_fork(after_in_child=self._forget)  # or parent and child would draw the same
+        self._process = os.getpid()
 
     def take(self, count: int) -> bytes:
         """`count` bytes, at most FETCHED_BYTES."""
         with self._lock:
-            if len(self._left) < count:
-                self._left = memoryview(os.urandom(FETCHED_BYTES))
+            if len(self._left) < count or self._process != os.getpid():
+                self._left, self._process = memoryview(os.urandom(FETCHED_BYTES)), os.getpid()
             taken, self._left = self._left[:count], self._left[count:]
             return bytes(taken)
 
@@ -28,11 +28,3 @@ class Entropy:
         """A number of at most `count` bits, each of them as likely."""
         size = (count + 7) // 8
         return int.from_bytes(self.take(size), "little") >> (8 * size - count)
-
-    def _forget(self) -> None:
-        self._lock = threading.Lock()
-        self._left = memoryview(b"")
-
-
-entropy = Entropy()
-"""Of this process."""

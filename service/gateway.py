@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from fastapi import Request
 
 from service.batching import Batcher
+from service.entropy import Entropy
 from service.errors import Draining, NotReady, UnknownModel
 from service.metrics import Metrics
 from service.repository import Catalog
@@ -24,12 +25,13 @@ STALE_BEAT_S = 2.0
 
 @dataclass
 class Gateway:
-    """Settings, metrics, decoders; and, once loaded, the catalog and the batcher in front of the engine."""
+    """Settings, metrics, decoders, randomness; once loaded, the catalog and the batcher in front of the engine."""
 
     settings: Settings
     metrics: Metrics
     decoders: ThreadPoolExecutor
     uploads: ByteBudget
+    entropy: Entropy
     catalog: Catalog = field(default_factory=lambda: Catalog({}))
     batcher: Batcher | None = None
     draining: bool = False

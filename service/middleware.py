@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.entropy import Entropy
 from service.errors import ClarifierError, TooBusy, answer_of
 from service.logs import log_request
 from service.metrics import Metrics
@@ -23,9 +24,10 @@ PROBES = frozenset({"/livez", "/readyz", "/metrics", "/ping", "/healthz", "/heal
 class RequestMiddleware:
     """Pure ASGI, so that every answer passes here, those of the framework too."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, max_active: int = MAX_ACTIVE_REQUESTS) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, entropy: Entropy, max_active: int = MAX_ACTIVE_REQUESTS) -> None:
         self.app = app
         self.metrics = metrics
+        self._entropy = entropy
         self._max_active = max_active
         self._active = 0
 
@@ -34,7 +36,7 @@ class RequestMiddleware:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        record = scope["clarifier.record"] = new_record(headers.get("x-request-id", ""))
+        record = scope["clarifier.record"] = new_record(headers.get("x-request-id", ""), self._entropy)
         unread = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
 
         async def watched_receive() -> Message:
@@ -78,8 +80,8 @@ class DirectMiddleware:
     """Answers the requests of `routes` by itself, and hands every other one to the framework.
 
     Between a request and its handler the framework matches, includes, validates and catches for a sixth of the time
-    that a small image takes, and these handlers use none of it: they take the request and return the response. Errors
-    of ours are answered here, all others where the framework does.
+    that a small image takes, and these handlers use none of it: they take the request and return the response. Our own
+    errors are answered here; whatever else a handler raises is an internal error.
     """
 
     def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:

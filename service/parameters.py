@@ -17,6 +17,8 @@ from service.schemas import ParameterProblem
 MAX_VOTES = 64
 REMEMBERED_QUERIES = 1024
 """Most clients ask the same question of every image. What is not valid is not remembered."""
+REMEMBERED_BYTES = 256
+"""Of a query; longer ones, which would fill the memory, are read each time."""
 
 Model = Annotated[
     str | None,
@@ -109,11 +111,10 @@ P = TypeVar("P", bound=Parameters)
 
 def read_parameters(kind: type[P], request: Request) -> P:
     """The query of `request`. Raises InvalidParameter, with a pointer to each thing that is wrong."""
-    read: P = _parameters(kind, request.scope["query_string"])
-    return read
+    query = request.scope["query_string"]
+    return _remembered(kind, query) if len(query) <= REMEMBERED_BYTES else _parameters(kind, query)
 
 
-@lru_cache(REMEMBERED_QUERIES)
 def _parameters(kind: type[P], query: bytes) -> P:
     items = QueryParams(query).multi_items()
     values = dict(items)
@@ -126,6 +127,9 @@ def _parameters(kind: type[P], query: bytes) -> P:
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False)
         raise invalid(*(("query", *_name_and_detail(kind, problem)) for problem in found[:16])) from None
+
+
+_remembered = lru_cache(REMEMBERED_QUERIES)(_parameters)
 
 
 def _name_and_detail(kind: type[Parameters], problem: Any) -> tuple[str, str]:

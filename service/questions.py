@@ -18,7 +18,6 @@ from fastapi import Request
 
 from models.manifest import Manifest, UnknownDefense
 from service.batching import Batcher, Places
-from service.entropy import entropy
 from service.errors import ClarifierError, ClientLeft, DeadlineExceeded
 from service.gateway import Gateway, gateway_of
 from service.images import Decoded, decode_if_quick, decode_image
@@ -117,9 +116,10 @@ def _key(operation: Operation, name: str, catalog: Catalog, parameters: ModelPar
     return Key(operation, name, chain.defense, votes, parameters.explain)
 
 
-def draw_seed(parameters: DefenseParameters) -> int:
+def draw_seed(question: Question[DefenseParameters]) -> int:
     """The client's seed, or a fresh one."""
-    return entropy.bits(FRESH_SEED_BITS) if parameters.seed is None else parameters.seed
+    wanted = question.parameters.seed
+    return question.gateway.entropy.bits(FRESH_SEED_BITS) if wanted is None else wanted
 
 
 async def read_upload(question: Question[ModelParameters], request: Request) -> bytes:

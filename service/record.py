@@ -8,7 +8,7 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from service.entropy import entropy
+from service.entropy import Entropy
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 ALIASES = {"jpeg": "image/jpg"}
@@ -56,7 +56,7 @@ class Record:
         return 1000 * (time.monotonic() - self.started)
 
 
-def new_record(offered_id: str) -> Record:
+def new_record(offered_id: str, entropy: Entropy) -> Record:
     """A record for a request that came now; `offered_id` is the client's request id if it is a sound one."""
     return Record(offered_id if REQUEST_ID.fullmatch(offered_id) else entropy.take(16).hex())
 

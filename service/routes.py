@@ -83,7 +83,7 @@ router = APIRouter(responses={"default": problem_response("A problem")}, tags=["
 async def classify(request: Request) -> Response:
     with ask(request, Operation.CLASSIFY, ClassifyParameters) as question:
         prepared = await decode(question, await read_upload(question, request))
-        seed = draw_seed(question.parameters)
+        seed = draw_seed(question)
         completed = await answer(question, request, prepared, seed)
         return _json(_classify_response(question, prepared, completed, seed))
 
@@ -98,7 +98,7 @@ async def classify_batch(request: Request) -> Response:
     with ask(request, Operation.CLASSIFY, ClassifyParameters) as question:
         prepared = await _decode_all(question, await read_uploads(question, request))
         sound = [image for image in prepared if isinstance(image, Prepared)]
-        seeds = [draw_seed(question.parameters) for _ in sound]
+        seeds = [draw_seed(question) for _ in sound]
         outcomes = await answer_all(question, request, sound, seeds)
         answered = iter(zip(outcomes, seeds, strict=True))
         results = [
@@ -123,7 +123,7 @@ async def purify(request: Request) -> Response:
         del data  # may be large
         if original is not None and max(prepared.image.width, prepared.image.height) > MAX_WEBP_SIDE:
             media_type = _acceptable(request, HUGE_TYPES)
-        seed = draw_seed(question.parameters)
+        seed = draw_seed(question)
         completed = await answer(question, request, prepared, seed)
         purified = completed.answer
         assert isinstance(purified, Purified)

@@ -33,13 +33,15 @@ from service.schemas import ParameterProblem
 
 RAW_TYPES = ("", "application/octet-stream", "image/jpeg", "image/jpg", "image/png", "image/webp", "image/bmp")
 """Content types of a raw body. The bytes decide what it is anyway, so none at all (`curl -T`) is fine too."""
-QUICK_BYTES = 16 * 1024
+QUICK_FORM_BYTES = 16 * 1024
 """A multipart message of no more is taken apart at once: the way to a thread and back would take longer."""
 FRAMING_BYTES = 16 * 1024
 """What a multipart message may add to one image: boundaries, part headers, a long file name."""
 MAX_HEAD_BYTES = 8 * 1024
 MAX_HEAD_LINES = 16
 """Of one part of a multipart message. Browsers send two lines."""
+MAX_OPTIONS = 32
+"""After the semicolons of one header. Their parser takes time that grows with the square of their number."""
 SPARE_PARTS = 64
 """A message may have so many parts more than images: enough to name the first wrong one, not to count a flood."""
 BATCH_BODY_IMAGES = 4
@@ -96,7 +98,9 @@ class Account:
 async def read_image(
     request: Request, account: Account, parsers: Executor, max_bytes: int, timeout_s: float, deadline: float
 ) -> Upload:
-    """The one image of `request`: its raw body, or its multipart field `image`, which one of `parsers` takes out.
+    """The one image of `request`: its raw body, or its multipart field `image`.
+
+    A large multipart message is taken apart by one of `parsers`. `deadline` is a reading of the monotonic clock.
 
     Raises UnsupportedMedia, EmptyBody, BodyTooLarge (declared: before reading; else at the first byte over),
     BodyTooSlow, DeadlineExceeded, Overloaded (the budget of `account`), MalformedMultipart, WrongField, and ClientLeft.
@@ -107,11 +111,10 @@ async def read_image(
             raise UnsupportedMedia("send an image type, application/octet-stream or multipart/form-data")
         return Upload(await _read(request, account, max_bytes, timeout_s, deadline), content_type)
     body = await _read(request, account, max_bytes + FRAMING_BYTES, timeout_s, deadline)
-    if len(body) <= QUICK_BYTES:
+    if len(body) <= QUICK_FORM_BYTES:
         (upload,) = _images_of(body, boundary, "image", 1, max_bytes)
     else:
-        loop = asyncio.get_running_loop()
-        (upload,) = await loop.run_in_executor(parsers, _images_of, body, boundary, "image", 1, max_bytes)
+        (upload,) = await _images_in_thread(parsers, deadline, body, boundary, "image", 1, max_bytes)
     if isinstance(upload, ClarifierError):
         raise upload
     return upload
@@ -137,8 +140,7 @@ async def read_images(
             raise EmptyBody
         raise UnsupportedMedia("send multipart/form-data with the images in fields named images")
     body = await _read(request, account, batch_body_bytes(max_images, max_bytes), timeout_s, deadline)
-    loop = asyncio.get_running_loop()
-    uploads = await loop.run_in_executor(parsers, _images_of, body, boundary, "images", max_images, max_bytes)
+    uploads = await _images_in_thread(parsers, deadline, body, boundary, "images", max_images, max_bytes)
     return [upload if isinstance(upload, ClarifierError) else upload.data for upload in uploads]
 
 
@@ -156,7 +158,10 @@ def _content_type(request: Request) -> tuple[str, bytes | None]:
     """The content type, and the boundary if it is multipart. Raises UnsupportedMedia, MalformedMultipart."""
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise UnsupportedMedia("a Content-Encoding is not accepted: send the image as it is")
-    kind, options = parse_options_header(request.headers.get("content-type"))
+    declared = request.headers.get("content-type", "")
+    if declared.count(";") > MAX_OPTIONS:
+        raise UnsupportedMedia("the content type has too many options")
+    kind, options = parse_options_header(declared)
     if kind != b"multipart/form-data":
         return kind.decode("latin-1"), None
     boundary = options.get(b"boundary")
@@ -198,6 +203,17 @@ async def _read_until(request: Request, account: Account, limit: int) -> bytes:
         account.add(len(chunk))
         chunks.append(chunk)
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+async def _images_in_thread(
+    parsers: Executor, deadline: float, body: bytes, boundary: bytes, field: str, max_images: int, max_bytes: int
+) -> list[Upload | ClarifierError]:
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            return await loop.run_in_executor(parsers, _images_of, body, boundary, field, max_images, max_bytes)
+    except TimeoutError:
+        raise DeadlineExceeded from None
 
 
 def _images_of(
@@ -256,7 +272,8 @@ def _parts(body: bytes, boundary: bytes, max_parts: int) -> Iterator[tuple[bytes
 def _check_part(head: bytes, field: str) -> str:
     """The declared type of a part. Raises MalformedMultipart or WrongField unless it is a file in `field`."""
     lines = head.split(b"\r\n")
-    if len(lines) > MAX_HEAD_LINES or not all(b":" in line for line in lines):
+    sound = all(b":" in line and line.count(b";") <= MAX_OPTIONS for line in lines)
+    if len(lines) > MAX_HEAD_LINES or not sound:
         raise MalformedMultipart("the head of a part cannot be read")
     headers = {name.strip().lower(): value for name, _, value in (line.partition(b":") for line in lines)}
     _, options = parse_options_header(headers.get(b"content-disposition", b""))

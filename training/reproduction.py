@@ -2,7 +2,8 @@
 
 The rows and the papers' numbers are in `recipes/reproduction/tables.toml`; ours come from the reports that `evaluate`
 leaves under `runs/evaluations/`. They are kept beside the page, so that it outlives the run directories and each of its
-numbers can be looked up. Nothing of ours is typed by hand, and what was not run is called so.
+numbers can be looked up. A kept report with a `note` is none that `evaluate` wrote: it was put together from an earlier
+state of the page after the run directory was lost. What was not run is called so.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from training.statistics import paired
 
 TABLES = Path(__file__).parent / "recipes" / "reproduction" / "tables.toml"
 NOT_RUN = "not run"
+LOST = "†"
+"""Behind a number whose report is lost."""
 WORST = "worst"
 """A column of AID's tables: the smallest of a row's grey-box accuracies, not image by image."""
 SURE = 0.05
@@ -132,7 +135,8 @@ def page(tables: Iterable[Table], kept: Path) -> str:
         "Networks and training are far smaller than the papers': directions should agree, not digits. Whether one",
         "holds is decided image by image, by a sign test at 5 %, which sees smaller differences than intervals do.",
         "Every command is one of `python -m training`, with `--recipe training/recipes/` in front of the name of",
-        "its recipe, and `--data FOLDER` if the data is there.",
+        "its recipe, and `--data FOLDER` if the data is there. Behind a † the report itself is lost: the number is",
+        "that of an earlier state of this page, without its images, so that only intervals tell.",
     ]
     for table in tables:
         parts += ["", *section(table, kept)]
@@ -150,7 +154,9 @@ def section(table: Table, kept: Path) -> list[str]:
         cells = []
         for column, paper in zip(table.columns, row.paper, strict=True):
             said = "–" if paper < 0 else f"{paper:.2f}"
-            cells += [said, written(cell(reports, row, column))]
+            found = cell(reports, row, column)
+            lost = LOST if found is not None and "note" in (reports[row.report] or {}) else ""
+            cells += [said, written(found) + lost]
         lines.append(f"| {row.name} | {' | '.join(cells)} |")
     if table.directions:
         lines += ["", *(judged(direction, small, reports) for direction in table.directions)]
@@ -256,8 +262,11 @@ def report_of(kept: Path, row: Row) -> dict[str, Any] | None:
     weights or presets than its bundle has now, if that is at hand. One with a `note` says itself what it is.
     """
     path = kept / row.report
-    if not path.exists():
-        return None
+    return checked(path, row) if path.exists() else None
+
+
+def checked(path: Path, row: Row) -> dict[str, Any]:
+    """The report at `path`. Raises as `report_of`."""
     found: dict[str, Any] = json.loads(path.read_text())
     recipe = read_recipe(TABLES.parent / f"{row.recipe}.toml", EvaluateRecipe)
     wanted = recipe.model_dump(mode="json", include=SETTINGS) | {"budget": recipe.effort.model_dump(mode="json")}
@@ -265,19 +274,28 @@ def report_of(kept: Path, row: Row) -> dict[str, Any] | None:
         raise ValueError(f"{path} was not measured by {row.recipe}.toml as it is now: {', '.join(other)} differ")
     bundle = Path(row.bundle) / "bundle.json"
     known = found["recipe"].get("content_sha256")
+    if "note" in found and (known or "outcomes" in found):
+        raise ValueError(f"{path} has a note, as if it were lost, and what only a whole report has")
     if "note" not in found and bundle.exists() and content_sha256(bundle.read_bytes()) != known:
         raise ValueError(f"{path} was measured with other weights or presets than {row.bundle} has now")
     return found
 
 
 def keep(tables: Iterable[Table], runs: Path, kept: Path) -> None:
-    """Take the reports of `tables` that finished evaluations left below `runs`; an older one is replaced."""
-    for row in itertools.chain.from_iterable(table.rows for table in tables):
-        grown = row.model_copy(update={"bundle": row.paper_bundle or row.bundle})
-        for name in {row.report, grown.report}:
-            if (found := runs / "evaluations" / name).exists():
-                (kept / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(found, kept / name)
+    """Take the reports of `tables` that finished evaluations left below `runs`, each in the place of the kept one.
+
+    Raises as `report_of` before anything is replaced.
+    """
+    small = list(itertools.chain.from_iterable(table.rows for table in tables))
+    grown = [row.model_copy(update={"bundle": row.paper_bundle}) for row in small if row.paper_bundle is not None]
+    found = {row.report: runs / "evaluations" / row.report for row in (*small, *grown)}
+    for row in (*small, *grown):
+        if found[row.report].exists():
+            checked(found[row.report], row)
+    for name, path in found.items():
+        if path.exists():
+            (kept / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, kept / name)
 
 
 def main(arguments: list[str] | None = None) -> int:

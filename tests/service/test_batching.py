@@ -220,6 +220,40 @@ def test_an_item_that_runs_when_its_deadline_passes_is_504() -> None:
     asyncio.run(scenario())
 
 
+def test_at_the_deadline_of_several_those_that_were_answered_keep_their_answers() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        async with started(engine, max_batch_size=2) as batcher:
+            engine.hold_after = 1
+            engine.second_gate.clear()
+            items = admit(batcher, [1, 2, 3, 4, 5], seconds=0.2)
+            found = await batcher.wait(items)
+            assert [type(each) for each in found] == [Completed] * 2 + [DeadlineExceeded] * 3
+            assert batcher.depth == 0
+            engine.second_gate.set()
+
+    asyncio.run(scenario())
+
+
+def test_a_caller_that_is_cancelled_takes_all_of_its_items_out() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        async with started(engine) as batcher:
+            held = await hold(engine, batcher)
+            leaving = asyncio.create_task(batcher.wait(admit(batcher, [1, 2, 3])))
+            await asyncio.sleep(0)  # it waits
+            assert batcher.depth == 3
+            leaving.cancel()
+            await eventually(leaving.done)
+            assert leaving.cancelled()
+            assert batcher.depth == 0
+            engine.gate.set()
+            assert await held == 0
+            assert engine.batches == [[0]]
+
+    asyncio.run(scenario())
+
+
 def test_row_11_a_client_that_leaves_costs_nothing_and_harms_nobody() -> None:
     async def scenario() -> None:
         engine = FakeEngine()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -50,14 +51,11 @@ def test_threads_do_not_share_bytes() -> None:
     assert len(set(taken)) == len(taken)
 
 
-def test_a_child_does_not_repeat_its_parent() -> None:
+def test_a_forked_process_does_not_repeat_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
     source = Entropy()
     source.take(1)
-    read, write = os.pipe()
-    if not (child := os.fork()):
-        os.write(write, source.take(16))
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert os.read(read, 16) != source.take(16)
-    os.close(read)
-    os.close(write)
+    parent, child = copy.copy(source), copy.copy(source)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: -1)
+        theirs = child.take(16)
+    assert theirs != parent.take(16)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from service.gateway import Gateway
+from service.repository import Catalog
 from tests.service.conftest import Running, until
 from tests.service.fakes import FATAL_VALUE, green, marked, png
 
@@ -78,8 +79,6 @@ def test_an_idle_engine_that_is_silent_is_not_ready(service: Running, monkeypatc
 
 
 def test_before_loading_the_gateway_is_live_and_says_that_it_loads(service: Running) -> None:
-    empty = Gateway(
-        service.gateway.settings, service.gateway.metrics, service.gateway.decoders, service.gateway.uploads
-    )
+    empty = dataclasses.replace(service.gateway, catalog=Catalog({}), batcher=None)
     assert empty.why_not_ready() == "loading"
     assert empty.why_not_live() is None

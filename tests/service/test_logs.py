@@ -7,6 +7,7 @@ import logging
 
 import pytest
 
+from service.entropy import Entropy
 from service.logs import JsonFormatter, TextFormatter, log_request
 from service.record import new_record
 
@@ -44,7 +45,7 @@ def test_a_stack_is_written(formatter: logging.Formatter) -> None:
 
 def test_a_requests_line_holds_what_is_known_and_nothing_empty(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    request = new_record("id")
+    request = new_record("id", Entropy())
     request.status, request.route, request.bytes = 200, "/classify", 12
     request.timing_ms["decode"] = 0.123456
     log_request(request)
@@ -60,5 +61,5 @@ def test_a_requests_line_holds_what_is_known_and_nothing_empty(caplog: pytest.Lo
 
 def test_a_requests_line_costs_nothing_where_nobody_reads_it(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("ERROR", "service.requests")
-    log_request(new_record("id"))
+    log_request(new_record("id", Entropy()))
     assert not caplog.records

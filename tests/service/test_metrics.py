@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from service.entropy import Entropy
 from service.metrics import Metrics, defense_label
 from service.record import new_record
 from service.work import Classified, Detected
@@ -99,7 +100,7 @@ def classified(*probabilities: float, undefended: tuple[float, ...] = (), score:
 
 def test_answers_feed_the_attack_watch() -> None:
     metrics = Metrics()
-    record = new_record("")
+    record = new_record("", Entropy())
     record.model, record.defense = "m@1", "atop"
     classes = ("cat", "dog")
     metrics.count_answer(record, classified(0.9, 0.1, undefended=(0.2, 0.8), score=0.3), classes, 0.5)
@@ -116,7 +117,7 @@ def test_answers_feed_the_attack_watch() -> None:
 
 def test_a_model_of_many_classes_does_not_make_many_series() -> None:
     metrics = Metrics()
-    record = new_record("")
+    record = new_record("", Entropy())
     record.model = "m@1"
     metrics.count_answer(record, classified(0.1, 0.9), tuple(f"class {i}" for i in range(1000)), None)
     assert metrics.registry.get_sample_value("clarifier_predictions_total", {"model": "m@1", "label": "other"}) == 1

@@ -5,12 +5,18 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+from collections.abc import Callable
 
 import httpx
 import pytest
+from starlette.applications import Starlette
 from starlette.responses import Response
+from starlette.routing import Mount
 from starlette.types import Receive, Scope, Send
 
+from service import routes
+from service.app import create_app
+from service.entropy import Entropy
 from service.metrics import Metrics
 from service.middleware import RequestMiddleware
 from tests.service.conftest import Running
@@ -76,7 +82,7 @@ def test_row_13_requests_beyond_the_limit_are_503_and_probes_answer() -> None:
                 await gate.wait()
             await Response("done")(scope, receive, send)
 
-        transport = httpx.ASGITransport(RequestMiddleware(app, Metrics(), max_active=2))
+        transport = httpx.ASGITransport(RequestMiddleware(app, Metrics(), Entropy(), max_active=2))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             slow = [asyncio.create_task(client.get("/slow")) for _ in range(2)]
             await asyncio.sleep(0.01)
@@ -90,3 +96,48 @@ def test_row_13_requests_beyond_the_limit_are_503_and_probes_answer() -> None:
             assert (await client.get("/slow")).text == "done"
 
     asyncio.run(scenario())
+
+
+def test_an_engine_route_that_fails_in_an_unforeseen_way_is_500_and_logged(
+    start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start()
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("nobody thought of it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(routes, "_classify_response", broken)
+        response = server.client.post("/classify", content=GOOD)
+    assert (response.status_code, response.json()["code"]) == (500, "internal_server_error")
+    assert response.headers.get_list("x-request-id") == [response.json()["request_id"]]
+    labels = {"route": "/classify", "status": "500"}
+    assert any(
+        labels.items() <= sample.labels.items()
+        for metric in server.gateway.metrics.registry.collect()
+        for sample in metric.samples
+        if sample.name == "clarifier_requests_total"
+    )
+    assert server.still_answers()
+
+
+@pytest.mark.parametrize("path", ["/classify", "/classify/batch", "/purify", "/detect"])
+def test_other_methods_of_an_engine_route_are_the_frameworks_to_answer(service: Running, path: str) -> None:
+    response = service.client.get(path)
+    assert (response.status_code, response.headers["allow"]) == (405, "POST")
+
+
+def test_an_engine_route_below_another_application_is_found_too(service: Running) -> None:
+    async def scenario() -> httpx.Response:
+        outer = Starlette(routes=[Mount("/below", app=create_app(service.gateway.settings))])
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(outer), base_url="http://test") as client:
+            return await client.post("/below/classify", content=GOOD)
+
+    response = asyncio.run(scenario())
+    assert (response.status_code, response.json()["code"]) == (503, "not_ready")  # its lifespan never began
+
+
+def test_no_header_is_sent_twice(service: Running) -> None:
+    for response in (service.client.post("/classify", content=GOOD), service.client.post("/classify", content=b"no")):
+        names = [name for name, _ in response.headers.multi_items()]
+        assert len(names) == len(set(names))

@@ -8,8 +8,10 @@ from fastapi import Request
 from service.errors import DeadlineExceeded, InvalidParameter
 from service.openapi import documented
 from service.parameters import (
+    REMEMBERED_BYTES,
     ClassifyParameters,
     PurifyParameters,
+    _remembered,
     read_accepted,
     read_parameters,
     read_timeout_s,
@@ -184,3 +186,13 @@ def test_one_query_serves_every_route_that_runs_a_defense(service: Running) -> N
     assert [response.status_code for response in purified] == [200, 200]
     assert purified[0].content == purified[1].content
     service.refuses(service.client.post("/purify?votes=65", content=GOOD), 422, "invalid_parameter")
+
+
+def test_short_sound_queries_are_remembered_and_nothing_else() -> None:
+    _remembered.cache_clear()
+    for query in ("votes=2", "votes=2", "votes=2" + "&" * REMEMBERED_BYTES):
+        assert read_parameters(ClassifyParameters, request(query)).votes == 2
+    with pytest.raises(InvalidParameter):
+        read_parameters(ClassifyParameters, request("votes=65"))
+    assert _remembered.cache_info().currsize == 1
+    assert isinstance(read_parameters(PurifyParameters, request("votes=2")), PurifyParameters)

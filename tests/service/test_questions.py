@@ -13,6 +13,7 @@ import pytest
 
 from service.app import decoder_threads
 from service.batching import Places
+from service.uploads import QUICK_FORM_BYTES
 from service.work import Key
 from tests.service.conftest import Running, until
 from tests.service.fakes import green, png
@@ -69,6 +70,17 @@ def test_row_50_the_deadline_covers_the_body(service: Running) -> None:
         connection.sendall(head + b"not all")
         assert b" 504 " in connection.recv(65536).splitlines()[0]
     assert service.still_answers()
+
+
+def test_row_50_the_deadline_covers_the_wait_for_whoever_takes_a_form_apart(start: Callable[..., Running]) -> None:
+    server = start()
+    gate = threading.Event()
+    blockers = [server.gateway.decoders.submit(gate.wait, 20) for _ in range(decoder_threads())]
+    form = {"image": ("a.png", GOOD + bytes(QUICK_FORM_BYTES), "image/png")}
+    response = server.client.post(URL, files=form, headers={"x-request-timeout-ms": "50"})
+    assert (response.status_code, response.json()["code"]) == (504, "deadline_exceeded")
+    gate.set()
+    assert all(blocker.result() for blocker in blockers)
 
 
 def test_row_48_what_exceeds_the_queue_is_429_and_what_was_accepted_is_answered(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import httpx
 import pytest
 
-from service.uploads import Upload, _images_of, batch_body_bytes, budget_bytes
+from service.uploads import MAX_OPTIONS, Upload, _images_of, batch_body_bytes, budget_bytes
 from tests.service.conftest import Running, running, until
 from tests.service.fakes import FakeBundle, encoded, green, png
 
@@ -307,3 +307,11 @@ def test_uploads_beyond_the_budget_are_429_and_give_back_what_they_held(start: C
 def test_the_budget_has_room_for_a_batch_whatever_the_limits() -> None:
     assert budget_bytes(32, 10 * 2**20) == 64 * 10 * 2**20
     assert budget_bytes(1024, 1024) == 2 * batch_body_bytes(1024, 1024)
+
+
+def test_headers_with_very_many_options_are_refused(service: Running) -> None:
+    many = ";" * (MAX_OPTIONS + 1)
+    head = {"content-type": f"image/png{many}"}
+    service.refuses(service.client.post("/classify", content=GOOD, headers=head), 415, "unsupported_media")
+    body = form(part("image", GOOD, headers=f"X-Any: a{many}\r\n".encode()))
+    service.refuses(service.client.post("/classify", content=body, headers=MULTIPART), 400, "malformed_multipart")

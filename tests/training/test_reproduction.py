@@ -239,8 +239,15 @@ def test_a_report_with_a_note_says_itself_what_it_is(
     kept = kept_report(tmp_path)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished.bundle, tmp_path / "runs" / "b" / "1")
-    (kept / "b-1" / "atop-7.json").write_text(json.dumps({**report(), "note": "of a former bundle"}))
-    assert "commit 0123456789ab; of a former bundle" in page([table()], kept)
+    path, lost = kept / "b-1" / "atop-7.json", {**report(), "note": "of a former bundle"}
+    path.write_text(json.dumps(lost))
+    with pytest.raises(ValueError, match="what only a whole report has"):
+        page([table()], kept)
+    del lost["recipe"]["content_sha256"]
+    path.write_text(json.dumps(lost))
+    text = page([table()], kept)
+    assert "commit 0123456789ab; of a former bundle" in text
+    assert "| AToP | 90.00 | 90.0 (89.0 to 91.0, n 512)† |" in text
 
 
 def test_the_command_keeps_new_reports_and_writes_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,12 +257,16 @@ def test_the_command_keeps_new_reports_and_writes_the_page(tmp_path: Path, monke
     assert main(command) == 0
     text = (tmp_path / "docs" / "page.md").read_text()
     assert "90.0 (89.0 to 91.0, n 512)" in text
+    new = tmp_path / "runs" / "evaluations" / "b-1" / "atop-7.json"
+    new.write_text(json.dumps({**report(), "recipe": {**settings(), "seed": 1}}))
+    assert main(command) == 2  # of another recipe: what is kept stays
     shutil.rmtree(tmp_path / "runs")
     assert main(command) == 0
     assert (tmp_path / "docs" / "page.md").read_text() == text
     assert main(["--output", str(tmp_path)]) == 2  # a folder
 
 
-def test_what_is_kept_is_what_the_page_says() -> None:
+def test_what_is_kept_is_what_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     docs = FOLDER.parents[1] / "docs"
+    monkeypatch.chdir(tmp_path)  # away from bundles that somebody trains anew
     assert (docs / "reproduction.md").read_text() == page(read_tables(), docs / "reproduction")
