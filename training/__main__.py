@@ -145,13 +145,30 @@ def run_command(recipe: Strict, options: argparse.Namespace) -> str:
             from training.evaluate import evaluate
             from training.report import below, table
 
-            report = evaluate(recipe, options.bundle, options.device, options.runs, keep_report=options.keep_report)
+            report = evaluate(
+                recipe,
+                options.bundle,
+                options.device,
+                options.runs,
+                keep_report=options.keep_report,
+                command=typed(options),
+            )
             if options.fail_below is not None and (failures := below(report, options.fail_below)):
                 print(table(report))
                 raise GateError("\n".join(failures))
             return table(report)
         case _:
             return json.dumps(train(recipe, options.runs, options.device), indent=2)
+
+
+def typed(options: argparse.Namespace) -> str:
+    """The `evaluate` command with these options, for a report that others read: without this machine's folders."""
+    paths = {"--recipe": options.recipe, "--bundle": options.bundle}
+    parts = [f"{name} {path.name if path.is_absolute() else path}" for name, path in paths.items() if path is not None]
+    parts += ["--data FOLDER"] if options.data is not None else []
+    parts += [f"--budget {options.budget}"] if options.budget is not None else []
+    parts += [f"--defense {defense}" for defense in options.defenses or ()]
+    return " ".join(["python -m training evaluate", *parts])
 
 
 def train(recipe: Strict, runs: Path, device: torch.device) -> dict[str, Any]:

@@ -198,9 +198,17 @@ def aid_scores(evaluation: Evaluation) -> dict[str, Tensor]:
 
 
 def evaluate(
-    recipe: EvaluateRecipe, directory: Path, device: torch.device, runs: Path, *, keep_report: bool = False
+    recipe: EvaluateRecipe,
+    directory: Path,
+    device: torch.device,
+    runs: Path,
+    *,
+    keep_report: bool = False,
+    command: str = "",
 ) -> dict[str, Any]:
     """Measure a bundle by a recipe and write the report into it, unless `keep_report`; returns the report.
+
+    `command` is what a reader of the report is told to type for the same.
 
     What was found is kept under `<runs>/evaluations/`, beside a copy of the report that also has every image's outcome,
     and is not measured again.
@@ -228,7 +236,7 @@ def evaluate(
     if manifest.aid_threshold is not None:
         report["detection"] = detection(scores, manifest.aid_threshold)
     report["recipe"] = {
-        "command": "python -m training evaluate --recipe FILE --bundle DIRECTORY",
+        "command": command,
         "bundle": f"{manifest.name}@{manifest.version}",
         **recipe.model_dump(mode="json", exclude={"data": {"source"}, "transfer_from": True}),
         "budget": recipe.effort.model_dump(mode="json"),

@@ -9,7 +9,7 @@ import pytest
 from models import load_bundle
 from tests.training.tiny import DATA, RECIPES, SIDE, Workshop
 from training.__main__ import RECIPES as KINDS
-from training.__main__ import main, parse
+from training.__main__ import main, parse, typed
 from training.config import ClassifierRecipe, DataRecipe, RecipeError, read_recipe, recipe_of
 from training.data import load_split
 from training.runs import Run
@@ -168,3 +168,18 @@ def test_the_shipped_recipes_read_cifar10() -> None:
     assert test.classes[3] == "cat"
     assert len(test) >= 8000
     assert test.labels.bincount() / len(test) == pytest.approx([0.1] * 10, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--data /home/somebody/cifar10", "--bundle models/bundles/cifar10/1 --data FOLDER"),
+        ("--recipe a/b.toml --bundle c/d/1", "--recipe a/b.toml --bundle c/d/1"),
+        (
+            "--recipe /home/somebody/b.toml --budget quick --defense atop --defense aid,atop",
+            "--recipe b.toml --bundle models/bundles/cifar10/1 --budget quick --defense atop --defense aid,atop",
+        ),
+    ],
+)
+def test_a_report_says_what_was_typed_without_the_machines_folders(options: str, said: str) -> None:
+    assert typed(parse(["evaluate", *options.split()])) == f"python -m training evaluate {said}"
