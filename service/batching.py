@@ -134,7 +134,7 @@ class Batcher:
         At their deadline DeadlineExceeded, wherever they are then. A caller that is cancelled takes them out.
         """
         left_s = max(0.0, items[0].deadline - time.monotonic())
-        expiry = asyncio.get_running_loop().call_later(left_s, self._give_up, items, DeadlineExceeded())
+        expiry = asyncio.get_running_loop().call_later(left_s, self._give_up, items, DeadlineExceeded)
         try:
             return [await item.future for item in items]
         except asyncio.CancelledError:
@@ -145,11 +145,11 @@ class Batcher:
 
     def withdraw(self, items: Sequence[Item]) -> None:
         """Forget `items`: their client has left, and whoever waits for them is told so."""
-        self._give_up(items, ClientLeft())
+        self._give_up(items, ClientLeft)
 
-    def _give_up(self, items: Sequence[Item], error: ClarifierError) -> None:
+    def _give_up(self, items: Sequence[Item], error: type[ClarifierError]) -> None:
         unanswered = [item for item in items if item.future.cancelled() or not item.future.done()]
-        _deliver([(item, error) for item in unanswered])
+        _deliver([(item, error()) for item in unanswered])
         with self._changed:
             for item in unanswered:
                 self._queue.discard(item)

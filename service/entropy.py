@@ -1,4 +1,4 @@
-"""Random numbers of the operating system, fetched many at a time: each call costs as much as decoding a small image."""
+"""Random numbers of the operating system, fetched many at a time: a system call for every request would be felt."""
 
 from __future__ import annotations
 

@@ -79,9 +79,9 @@ def _own_headers(record: Record) -> list[tuple[bytes, bytes]]:
 class DirectMiddleware:
     """Answers the requests of `routes` by itself, and hands every other one to the framework.
 
-    Between a request and its handler the framework matches, includes, validates and catches for a sixth of the time
-    that a small image takes, and these handlers use none of it: they take the request and return the response. Our own
-    errors are answered here; whatever else a handler raises is an internal error.
+    Between a request and its handler the framework matches, includes, validates and catches. That takes time which a
+    small image feels, and these handlers use none of it: they take the request and return the response. Our own errors
+    are answered here; whatever else a handler raises is an internal error.
     """
 
     def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:

@@ -168,6 +168,7 @@ def typed(options: argparse.Namespace) -> str:
     parts += ["--data FOLDER"] if options.data is not None else []
     parts += [f"--budget {options.budget}"] if options.budget is not None else []
     parts += [f"--defense {defense}" for defense in options.defenses or ()]
+    parts += ["--keep-report"] if options.keep_report else []
     return " ".join(["python -m training evaluate", *parts])
 
 

@@ -174,7 +174,7 @@ def test_the_shipped_recipes_read_cifar10() -> None:
     ("options", "said"),
     [
         ("--data /home/somebody/cifar10", "--bundle models/bundles/cifar10/1 --data FOLDER"),
-        ("--recipe a/b.toml --bundle c/d/1", "--recipe a/b.toml --bundle c/d/1"),
+        ("--recipe a/b.toml --bundle c/d/1 --keep-report", "--recipe a/b.toml --bundle c/d/1 --keep-report"),
         (
             "--recipe /home/somebody/b.toml --budget quick --defense atop --defense aid,atop",
             "--recipe b.toml --bundle models/bundles/cifar10/1 --budget quick --defense atop --defense aid,atop",
