@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import time
-from typing import Any
 from urllib.request import urlopen
 
 import torch
@@ -29,7 +28,7 @@ from service.settings import Settings
 
 CLIENTS = 64
 ROUNDS = 7
-ROUND_S = 4.0
+ROUND_S = 5.0
 WARM_S = 1.5
 SINGLE_REQUESTS = {"none": 200, "atop": 60, "zeropur": 12}
 WANTED_RATIO = 0.9
@@ -96,9 +95,22 @@ def _offline_images(bundle: Bundle, images: torch.Tensor, seconds: float) -> tup
 
 def _latency_ms(port: int, image: bytes, defense: str, count: int) -> float:
     """Median milliseconds of one client that sends one request after the other."""
-    asyncio.run(_load(port, classify(image, defense), clients=1, seconds=0.0, requests=max(3, count // 10)))
-    measured = asyncio.run(_load(port, classify(image, defense), clients=1, seconds=0.0, requests=count))
-    return 1000 * float(statistics.median(measured["latencies_s"]))
+    return asyncio.run(_median_latency_ms(port, classify(image, defense), count))
+
+
+async def _median_latency_ms(port: int, request: bytes, count: int) -> float:
+    """Of `count` requests, after a tenth as many that warm the path."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for _ in range(max(3, count // 10)):
+        await _ask(reader, writer, request)
+    latencies_s = list[float]()
+    for _ in range(count):
+        begun = time.perf_counter()
+        await _ask(reader, writer, request)
+        latencies_s.append(time.perf_counter() - begun)
+    writer.close()
+    await writer.wait_closed()
+    return 1000 * statistics.median(latencies_s)
 
 
 def _served(port: int, image: bytes) -> float:
@@ -109,39 +121,47 @@ def _served(port: int, image: bytes) -> float:
     return rate
 
 
-async def _load(port: int, request: bytes, *, clients: int, seconds: float, requests: int) -> dict[str, Any]:
-    """Closed loop: each client sends its next request when it has its answer, until both limits are reached.
+async def _steady_rate(port: int, request: bytes) -> float:
+    """Answers per second of CLIENTS clients in a closed loop: those of ROUND_S seconds after WARM_S.
 
-    Raises RuntimeError for any answer but 200.
+    The clients go on until after the last second that counts: a round has no end at which a batch runs half empty.
     """
-    latencies = list[float]()
-    started = time.perf_counter()
+    answered = 0
 
     async def client() -> None:
+        nonlocal answered
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        while time.perf_counter() - started < seconds or len(latencies) < requests:
-            begun = time.perf_counter()
-            writer.write(request)
-            status = await read_status(reader)
-            if status != 200:
-                raise RuntimeError(f"an answer was {status}")
-            latencies.append(time.perf_counter() - begun)
-        writer.close()
-        await writer.wait_closed()
+        try:
+            while True:
+                await _ask(reader, writer, request)
+                answered += 1
+        finally:
+            writer.close()
 
-    await asyncio.gather(*(client() for _ in range(clients)))
-    elapsed = time.perf_counter() - started
-    return {"requests_per_s": len(latencies) / elapsed, "latencies_s": latencies}
+    async with asyncio.TaskGroup() as group:
+        clients = [group.create_task(client()) for _ in range(CLIENTS)]
+        await asyncio.sleep(WARM_S)
+        before, started = answered, time.perf_counter()
+        await asyncio.sleep(ROUND_S)
+        rate = (answered - before) / (time.perf_counter() - started)
+        for task in clients:
+            task.cancel()
+    return rate
+
+
+async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> None:
+    """One request and its answer. Raises RuntimeError for any status but 200."""
+    writer.write(request)
+    status = await read_status(reader)
+    if status != 200:
+        raise RuntimeError(f"an answer was {status}")
 
 
 def _generate(port: int, image: bytes) -> float:
-    """The load generator: warm the path, then measure."""
+    """The load generator."""
     import uvloop
 
-    request = classify(image, "atop")
-    uvloop.run(_load(port, request, clients=CLIENTS, seconds=WARM_S, requests=0))
-    measured = uvloop.run(_load(port, request, clients=CLIENTS, seconds=ROUND_S, requests=0))
-    return float(measured["requests_per_s"])
+    return uvloop.run(_steady_rate(port, classify(image, "atop")))
 
 
 # --- processes of their own

@@ -48,7 +48,11 @@ class PackedConv2d(nn.Conv2d):
         version = (self.weight.data_ptr(), self.weight._version)
         if self._packed is None or self._packed_version != version:
             self._packed, self._packed_version = self._pack(), version
-        convolved: Tensor = _Apply.apply(images, *self._packed)  # type: ignore[no-untyped-call]
+        linear, adjoint = self._packed
+        if torch.is_grad_enabled() and images.requires_grad:
+            convolved: Tensor = _Apply.apply(images, linear, adjoint)  # type: ignore[no-untyped-call]
+        else:
+            convolved = linear(images)
         return convolved if self.bias is None else convolved + self.bias[:, None, None]
 
     def _is_packable(self, images: Tensor) -> bool:

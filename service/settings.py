@@ -38,7 +38,7 @@ class Settings(BaseSettings):
 
     max_batch_size: Annotated[int, Field(ge=1, le=1024)] = 32
     """Images that run together; also the most images of one `/classify/batch`."""
-    max_queue_delay_ms: NonNegativeFloat = 2.0
+    max_queue_delay_ms: NonNegativeFloat = 1.0
     """How long the oldest image waits for company before its batch leaves unfilled."""
     max_queue_size: PositiveInt = 256
     """Images that may wait; one more is answered 429."""
