@@ -48,6 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
         instead = {name: getattr(options, name, None) for name in ("budget", "defenses")}
         if instead["defenses"]:
             instead["grey_box_only"] = ()
+        if options.command == "unpack":
+            print(*run_unpack(options.bundle, options.runs), sep="\n")
+            return 0
         recipe = recipe_for(options, instead)
         print(recipe.model_dump_json(indent=2) if options.dry_run else run_command(recipe, options))
     except GateError as error:
@@ -106,6 +109,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             )
         if name == "export":
             command.add_argument("--repository", type=Path, default=Path("models/bundles"), help="where to export to")
+    summary = (
+        "The runs that a bundle was exported from, as far as it has their weights, so that others can build on them."
+    )
+    command = commands.add_parser(
+        "unpack", help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    command.add_argument("--bundle", type=Path, default=Path("models/bundles/cifar10/1"), help="what to unpack")
+    command.add_argument("--runs", type=Path, default=Path("runs"), help="where run directories are")
     return parser.parse_args(arguments)
 
 
@@ -159,6 +170,13 @@ def run_command(recipe: Strict, options: argparse.Namespace) -> str:
             return table(report)
         case _:
             return json.dumps(train(recipe, options.runs, options.device), indent=2)
+
+
+def run_unpack(bundle: Path, runs: Path) -> list[Path]:
+    """See `training.unpack`; imported only when it is needed."""
+    from training.unpack import unpack
+
+    return unpack(bundle, runs)
 
 
 def typed(options: argparse.Namespace) -> str:

@@ -134,9 +134,9 @@ def page(tables: Iterable[Table], kept: Path) -> str:
         "a table left in `runs/evaluations/`, keeps them in `docs/reproduction/`, and writes this page from those.",
         "Networks and training are far smaller than the papers': directions should agree, not digits. Whether one",
         "holds is decided image by image, by a sign test at 5 %, which sees smaller differences than intervals do.",
-        "Every command is one of `python -m training`, with `--recipe training/recipes/` in front of the name of",
-        "its recipe, and `--data FOLDER` if the data is there. Behind a † the report itself is lost: the number is",
-        "that of an earlier state of this page, without its images, so that only intervals tell.",
+        "Every command is one of `python -m training`, with `--recipe training/recipes/` in front of the name of its",
+        "recipe if it has one, and `--data FOLDER` if the data is there. Behind a † the report itself is lost: the",
+        "number is that of an earlier state of this page, without its images, so that only intervals tell.",
     ]
     for table in tables:
         parts += ["", *section(table, kept)]

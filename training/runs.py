@@ -24,6 +24,9 @@ from training.config import Recipe
 from training.data import Batches
 from training.provenance import fingerprint, git_commit, hardware, library_versions
 
+Checkpoint = dict[str, dict[str, Any]]
+"""The states that a checkpoint holds, by name."""
+
 
 class RunError(ValueError):
     """A run directory that cannot be used; the message names it."""
@@ -78,10 +81,14 @@ class Run:
         """Create the directory, or load its checkpoint into `state`; returns the number of steps that had made.
 
         `origin` has the sha256 of the data and of the networks of earlier runs. Raises RunError if the run was begun
-        from others.
+        from others, or came out of a bundle.
         """
+        if self._checkpoint.exists() and not self._origin.exists():
+            raise RunError(
+                f"{self.directory} does not say what it was begun with, so nothing can go on with it: remove it"
+            )
         begun = self._read_origin()
-        if begun["sha256"] != origin and (self._origin.exists() or self._checkpoint.exists()):
+        if begun["sha256"] != origin and self._origin.exists():
             differing = sorted(name for name, _ in begun["sha256"].items() ^ origin.items())
             raise RunError(f"{self.directory}: its {differing[0]} is not what it was begun with: remove it")
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -186,12 +193,28 @@ def fit(
     return summary
 
 
-def read_checkpoint(runs: Path, name: str) -> dict[str, dict[str, Any]]:
-    """The state that a finished run's last checkpoint holds; raises RunError if the run is missing or not finished."""
+def write_finished(
+    directory: Path, recipe: Mapping[str, Any], summary: Mapping[str, Any], state: Checkpoint | None
+) -> None:
+    """A run directory that is nothing but a result: others build on it, its own command cannot go on with it.
+
+    Without `state` it is nothing but a record, until its own command has been run again.
+    """
+    directory.mkdir(parents=True)
+    replace_text(directory / "recipe.json", json.dumps(recipe, indent=2) + "\n")
+    if state is not None:
+        torch.save({"step": summary["steps"], "wall_s": summary["wall_s"], "state": state}, directory / "checkpoint.pt")
+    replace_text(directory / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def read_checkpoint(runs: Path, name: str) -> Checkpoint:
+    """The state of a finished run's last checkpoint; raises RunError if the run is missing, not finished or without."""
     read_recipe_of(runs, name)
     read_summary_of(runs, name)
     checkpoint = runs / name / "checkpoint.pt"
-    state: dict[str, dict[str, Any]] = torch.load(checkpoint, weights_only=True, map_location="cpu")["state"]
+    if not checkpoint.exists():
+        raise RunError(f"run {name} in {runs} has no weights: run its command again")
+    state: Checkpoint = torch.load(checkpoint, weights_only=True, map_location="cpu")["state"]
     return state
 
 

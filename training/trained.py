@@ -17,7 +17,10 @@ from models.atop import build_inpainter
 from models.classifiers import Classifier, build_classifier
 from models.manifest import AidSpec, AnyInpainterSpec, InpainterSpec, MaeSpec
 from training.data import DataError, ImageSet
-from training.runs import read_checkpoint, read_recipe_of, read_summary_of
+from training.runs import Checkpoint, read_checkpoint, read_recipe_of, read_summary_of
+
+AVERAGE_PREFIX = "module."
+"""In front of the names of an average's weights (see `torch.optim.swa_utils.AveragedModel`)."""
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -34,10 +37,14 @@ def frozen(network: Network, device: torch.device) -> Network:
 
 
 def averaged(runs: Path, name: str) -> dict[str, Tensor]:
-    """The average of the weights that a run kept (see `torch.optim.swa_utils.AveragedModel`)."""
-    prefix = "module."
+    """The average of the weights that a run kept."""
     state = read_checkpoint(runs, name)["average"]
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return {key.removeprefix(AVERAGE_PREFIX): value for key, value in state.items() if key.startswith(AVERAGE_PREFIX)}
+
+
+def as_average(network: nn.Module) -> Checkpoint:
+    """The weights of a network where `averaged` finds them."""
+    return {"average": {AVERAGE_PREFIX + key: value for key, value in network.state_dict().items()}}
 
 
 def trained_classifier(runs: Path, name: str, device: torch.device) -> Classifier:

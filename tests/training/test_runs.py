@@ -224,7 +224,7 @@ def test_whoever_goes_on_with_a_run_is_remembered(tmp_path: Path, monkeypatch: p
 def test_a_checkpoint_whose_origin_is_lost_is_refused(tmp_path: Path) -> None:
     fit(Run(tmp_path, RECIPE), Slope(), checkpoint_every_s=60)
     (tmp_path / RECIPE.name / "origin.json").unlink()
-    with pytest.raises(RunError, match="its data is not what it was begun with"):
+    with pytest.raises(RunError, match="does not say what it was begun with"):
         fit(Run(tmp_path, RECIPE), Slope(), checkpoint_every_s=60)
 
 
