@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from models.manifest import AutoPreset
@@ -60,16 +60,21 @@ class UnitTimes:
 
 
 def unit_times(evaluation: Evaluation, subject: Subject) -> UnitTimes:
-    """One answer and one gradient of a defense, per image of a batch as large as its attacks will see."""
+    """One answer and one gradient of a defense, per image of a batch as large as its attacks will see.
+
+    Both are made for one image before, not timed: the first ones of a process load what they need.
+    """
     size = min(evaluation.recipe.batch_size, evaluation.planner().effort(subject).images, len(evaluation.data))
     _, images, labels = next(evaluation.batches(size))
-    looks = Looks(0, range(size))
 
-    def timed(run: Callable[[], object]) -> float:
-        began = time.perf_counter()
-        run()
-        return (time.perf_counter() - began) / size
+    def timed(count: int) -> UnitTimes:
+        looks, few, right = Looks(0, range(count)), images[:count], labels[:count]
+        climbed = through(subject.defended, right, looks, draws=1)
+        started = time.perf_counter()
+        evaluation.right(subject, few, right, looks.next())
+        answered = time.perf_counter()
+        climbed(few)
+        return UnitTimes((answered - started) / count, (time.perf_counter() - answered) / count)
 
-    answer = timed(lambda: evaluation.right(subject, images, labels, looks.next()))
-    climbed = through(subject.defended, labels, looks, draws=1)
-    return UnitTimes(answer, timed(lambda: climbed(images)))
+    timed(1)
+    return timed(size)
