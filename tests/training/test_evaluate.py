@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from training.config import EvaluateRecipe, RecipeError
 from training.data import ImageSet
 from training.evaluate import Entry, aid_scores, cost, evaluate, measure, with_variants
 from training.evaluation import Evaluation, every_level, head
-from training.forecast import UnitTimes, behind_the_gate, forecast
+from training.forecast import UnitTimes, behind_the_gate, forecast, unit_times
 from training.plan import Planner
 from training.progress import Progress
 from training.report import below, table
@@ -666,6 +666,27 @@ def test_the_forecast_has_every_defense_and_level_and_a_sum(finished: Workshop, 
     assert [line.split()[0] for line in lines[1:-1]] == ["none", "atop", "atop:rt3", "aid", "zeropur"]
     assert len({len(line) for line in lines[:-1]}) == 1
     assert lines[-1].startswith("In all about ")
+
+
+def test_the_first_pass_of_a_process_is_not_forecast(
+    finished: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, passes = [0.0], list[int]()
+
+    def slow_at_first(*_: object, **__: object) -> Callable[[Tensor], Tensor]:
+        def climb(images: Tensor) -> Tensor:
+            clock[0] += 1.0 * len(images) if passes else 100.0
+            passes.append(len(images))
+            return images
+
+        return climb
+
+    monkeypatch.setattr("training.forecast.through", slow_at_first)
+    monkeypatch.setattr("training.forecast.time.perf_counter", lambda: clock[0])
+    evaluation = evaluation_of(load_bundle(finished.bundle), color_set(20), tmp_path)
+    assert unit_times(evaluation, evaluation.subjects()[0]).gradient == 1.0
+    assert passes[0] == 1
+    assert passes[1] > 1
 
 
 def test_what_serves_several_defenses_is_forecast_once(
