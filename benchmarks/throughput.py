@@ -122,31 +122,30 @@ def _served(port: int, image: bytes) -> float:
 
 
 async def _steady_rate(port: int, request: bytes) -> float:
-    """Answers per second of CLIENTS clients in a closed loop: those of ROUND_S seconds after WARM_S.
+    """Answers per second of CLIENTS clients in a closed loop, of the ROUND_S seconds after WARM_S.
 
-    The clients go on until after the last second that counts: a round has no end at which a batch runs half empty.
+    The sum of the clients' own rates, each from its first to its last answer in that time: whether a batch ends just
+    before or just after it makes no difference. All go on until the time is over, so that no batch is half empty.
     """
-    answered = 0
+    answered_at = [list[float]() for _ in range(CLIENTS)]
 
-    async def client() -> None:
-        nonlocal answered
+    async def client(times: list[float]) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         try:
             while True:
                 await _ask(reader, writer, request)
-                answered += 1
+                times.append(time.perf_counter())
         finally:
             writer.close()
 
     async with asyncio.TaskGroup() as group:
-        clients = [group.create_task(client()) for _ in range(CLIENTS)]
-        await asyncio.sleep(WARM_S)
-        before, started = answered, time.perf_counter()
-        await asyncio.sleep(ROUND_S)
-        rate = (answered - before) / (time.perf_counter() - started)
+        started = time.perf_counter() + WARM_S
+        clients = [group.create_task(client(times)) for times in answered_at]
+        await asyncio.sleep(WARM_S + ROUND_S)
         for task in clients:
             task.cancel()
-    return rate
+    counted = [[at for at in times if at >= started] for times in answered_at]
+    return sum((len(times) - 1) / (times[-1] - times[0]) for times in counted)
 
 
 async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 MAX_PACKED_BATCH = 2
 """Beyond it packing saves nothing that could be measured."""
@@ -24,8 +25,8 @@ LinearMap = Callable[[Tensor], Tensor]
 class PackedConv2d(nn.Conv2d):
     """An `nn.Conv2d` with the same parameters that computes small float32 batches on a CPU with packed weights.
 
-    Everything else (training, autocast, large batches, other devices and types) is computed as ever. Weights that are
-    changed are packed again.
+    Everything else (training, autocast, tangents, large batches, other devices and types) is computed as ever. Weights
+    that are changed are packed again.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -62,6 +63,7 @@ class PackedConv2d(nn.Conv2d):
             and images.device.type == self.weight.device.type == "cpu"
             and not (torch.is_grad_enabled() and self.weight.requires_grad)
             and not torch.is_autocast_enabled("cpu")
+            and forward_ad._current_level < 0  # tangents would be lost
         )
 
     def _pack(self) -> tuple[LinearMap, LinearMap]:

@@ -1,4 +1,4 @@
-"""`python -m training COMMAND --recipe FILE`: argument parsing, nothing else."""
+"""`python -m training COMMAND --recipe FILE`, and `unpack`, which has none: argument parsing, nothing else."""
 
 from __future__ import annotations
 
@@ -45,12 +45,14 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = parse(arguments)
     try:
+        if options.command == "unpack":
+            from training.unpack import unpack
+
+            print(*unpack(options.bundle, options.runs), sep="\n")
+            return 0
         instead = {name: getattr(options, name, None) for name in ("budget", "defenses")}
         if instead["defenses"]:
             instead["grey_box_only"] = ()
-        if options.command == "unpack":
-            print(*run_unpack(options.bundle, options.runs), sep="\n")
-            return 0
         recipe = recipe_for(options, instead)
         print(recipe.model_dump_json(indent=2) if options.dry_run else run_command(recipe, options))
     except GateError as error:
@@ -170,13 +172,6 @@ def run_command(recipe: Strict, options: argparse.Namespace) -> str:
             return table(report)
         case _:
             return json.dumps(train(recipe, options.runs, options.device), indent=2)
-
-
-def run_unpack(bundle: Path, runs: Path) -> list[Path]:
-    """See `training.unpack`; imported only when it is needed."""
-    from training.unpack import unpack
-
-    return unpack(bundle, runs)
 
 
 def typed(options: argparse.Namespace) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from models.manifest import AutoPreset
+from models.packed import MAX_PACKED_BATCH
 from training.attacks.gradients import through
 from training.attacks.looks import Looks
 from training.evaluation import Evaluation, clean_work, fitted, key_of, planned
@@ -62,19 +63,19 @@ class UnitTimes:
 def unit_times(evaluation: Evaluation, subject: Subject) -> UnitTimes:
     """One answer and one gradient of a defense, per image of a batch as large as its attacks will see.
 
-    Both are made for one image before, not timed: the first ones of a process load what they need.
+    Both are made for a few images before, not timed: the first ones of a process load what they need.
     """
     size = min(evaluation.recipe.batch_size, evaluation.planner().effort(subject).images, len(evaluation.data))
     _, images, labels = next(evaluation.batches(size))
 
     def timed(count: int) -> UnitTimes:
-        looks, few, right = Looks(0, range(count)), images[:count], labels[:count]
-        climbed = through(subject.defended, right, looks, draws=1)
+        looks, some_images, some_labels = Looks(0, range(count)), images[:count], labels[:count]
+        climbed = through(subject.defended, some_labels, looks, draws=1)
         started = time.perf_counter()
-        evaluation.right(subject, few, right, looks.next())
+        evaluation.right(subject, some_images, some_labels, looks.next())
         answered = time.perf_counter()
-        climbed(few)
+        climbed(some_images)
         return UnitTimes((answered - started) / count, (time.perf_counter() - answered) / count)
 
-    timed(1)
+    timed(min(size, MAX_PACKED_BATCH + 1))  # computed as the whole batch is
     return timed(size)

@@ -88,7 +88,7 @@ class Table(Strict):
     columns: tuple[str, ...]
     """`standard`, an attack of the report, or `worst`."""
     made_by: tuple[str, ...] = ()
-    """What makes its bundles: commands of `training` and their recipes, in order."""
+    """What makes its bundles: commands of `training`, with their recipes but for `unpack`, in order."""
     paper_size: tuple[str, ...] = ()
     """What makes the same with the paper's networks, on a GPU."""
     rows: tuple[Row, ...]

@@ -95,7 +95,9 @@ class Run:
         replace_text(self._recipe, self._resolved)
         replace_text(self._origin, json.dumps({**begun, "sha256": origin}, indent=2) + "\n")
         step = 0
-        if self._checkpoint.exists():
+        if not self._checkpoint.exists():
+            (self.directory / "summary.json").unlink(missing_ok=True)  # of an unpacked run without its weights
+        else:
             saved = torch.load(self._checkpoint, weights_only=True, map_location="cpu")
             step, self.wall_s = int(saved["step"]), float(saved["wall_s"])
             for name, holder in state.items():
@@ -203,7 +205,7 @@ def write_finished(
     directory.mkdir(parents=True)
     replace_text(directory / "recipe.json", json.dumps(recipe, indent=2) + "\n")
     if state is not None:
-        torch.save({"step": summary["steps"], "wall_s": summary["wall_s"], "state": state}, directory / "checkpoint.pt")
+        torch.save({"state": state}, directory / "checkpoint.pt")
     replace_text(directory / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 

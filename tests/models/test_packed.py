@@ -8,6 +8,7 @@ import io
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from models.packed import MAX_PACKED_BATCH, PackedConv2d, packed_twin
 
@@ -76,6 +77,15 @@ def test_everything_else_is_computed_as_ever(what: str) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=what == "autocast"):
         assert torch.equal(packed(points), conv(points))
     assert packed._packed is None
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own rules for tangents
+def test_tangents_are_those_of_the_plain_convolution() -> None:
+    conv, packed = frozen_pair(kernel_size=3)
+    with forward_ad.dual_level():
+        points = forward_ad.make_dual(images(), images())
+        expected, answer = (forward_ad.unpack_dual(network(points)) for network in (conv, packed))
+    torch.testing.assert_close(answer, expected)
 
 
 def test_only_plain_convolutions_are_packed_and_the_network_keeps_its_names() -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -671,22 +671,18 @@ def test_the_forecast_has_every_defense_and_level_and_a_sum(finished: Workshop, 
 def test_the_first_pass_of_a_process_is_not_forecast(
     finished: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, passes = [0.0], list[int]()
+    clock, seen = [0.0], set[str]()
 
-    def slow_at_first(*_: object, **__: object) -> Callable[[Tensor], Tensor]:
-        def climb(images: Tensor) -> Tensor:
-            clock[0] += 1.0 * len(images) if passes else 100.0
-            passes.append(len(images))
-            return images
+    def spend(what: str, images: Tensor) -> Tensor:
+        clock[0] += len(images) if what in seen else 100.0
+        seen.add(what)
+        return images
 
-        return climb
-
-    monkeypatch.setattr("training.forecast.through", slow_at_first)
-    monkeypatch.setattr("training.forecast.time.perf_counter", lambda: clock[0])
     evaluation = evaluation_of(load_bundle(finished.bundle), color_set(20), tmp_path)
-    assert unit_times(evaluation, evaluation.subjects()[0]).gradient == 1.0
-    assert passes[0] == 1
-    assert passes[1] > 1
+    monkeypatch.setattr("training.forecast.through", lambda *_, **__: lambda images: spend("gradient", images))
+    monkeypatch.setattr(Evaluation, "right", lambda _, __, images, *___: spend("answer", images))
+    monkeypatch.setattr("training.forecast.time.perf_counter", lambda: clock[0])
+    assert unit_times(evaluation, evaluation.subjects()[0]) == UnitTimes(answer=1.0, gradient=1.0)
 
 
 def test_what_serves_several_defenses_is_forecast_once(

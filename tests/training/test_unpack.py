@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from models import load_bundle
-from tests.training.tiny import Workshop
+from tests.training.tiny import Interrupted, Workshop
 from training.__main__ import main
 from training.provenance import content_sha256
 from training.runs import RunError, read_checkpoint
@@ -68,10 +69,42 @@ def test_its_own_command_cannot_go_on_with_an_unpacked_run(
     workshop: Workshop, finished: Workshop, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert unpack(finished.bundle, workshop.runs) == 0
-    before = read_checkpoint(workshop.runs, "classifier")
+    checkpoint = workshop.runs / "classifier" / "checkpoint.pt"
+    before = checkpoint.read_bytes()
     assert workshop.run("train-classifier") == 2
     assert "does not say what it was begun with" in capsys.readouterr().err
-    assert read_checkpoint(workshop.runs, "classifier").keys() == before.keys()
+    assert checkpoint.read_bytes() == before
+
+
+def test_a_run_without_weights_is_not_finished_once_its_command_began(
+    workshop: Workshop, finished: Workshop, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert unpack(finished.bundle, workshop.runs) == 0
+
+    def stop(*_: object) -> None:
+        raise Interrupted
+
+    monkeypatch.setattr("training.train_purifier.PurifierTraining.summarize", stop)
+    with pytest.raises(Interrupted):
+        workshop.run("pretrain-purifier")
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert workshop.run("finetune-atop", {"name": "another"}) == 2
+    assert "run purifier in" in (said := capsys.readouterr().err)
+    assert "is not finished" in said
+
+
+def test_bundles_that_share_a_record_are_unpacked_side_by_side(
+    workshop: Workshop, finished: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert unpack(finished.bundle, workshop.runs) == 0
+    assert workshop.run("pretrain-purifier") == 0
+    for name in ("classifier", "atop", "aid"):
+        shutil.rmtree(workshop.runs / name)
+    capsys.readouterr()
+    assert unpack(finished.bundle, workshop.runs) == 0
+    assert "purifier" not in [Path(line).name for line in capsys.readouterr().out.split()]
+    assert read_checkpoint(workshop.runs, "purifier")
 
 
 def test_a_run_that_is_there_is_kept_and_nothing_is_written(
@@ -89,11 +122,14 @@ def test_a_run_that_is_there_is_kept_and_nothing_is_written(
     "spoil",
     [
         lambda told: told.clear(),
+        lambda told: told["runs"].clear(),
+        lambda told: told["runs"].pop("classifier"),
+        lambda told: told["runs"].update(another=told["runs"]["aid"]),
         lambda told: told.update(runs={"../elsewhere": told["runs"]["aid"]}),
         lambda told: told["runs"]["aid"].pop("summary"),
         lambda told: told.update(runs="none"),
     ],
-    ids=["nothing", "a path", "no summary", "no runs"],
+    ids=["nothing", "no runs", "no classifier", "two of a kind", "a path", "no summary", "a word"],
 )
 def test_a_bundle_that_does_not_say_its_runs_is_refused(
     spoil: Callable[[dict[str, Any]], object], finished: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
