@@ -92,4 +92,4 @@ def checkpoints_of(bundle: Bundle) -> dict[str, Checkpoint]:
 
 def is_recorded(runs: Path, name: str, run: ToldRun) -> bool:
     """Whether a run of that name and recipe is there, finished or not."""
-    return (runs / name).exists() and read_recipe_of(runs, name) == run.recipe
+    return (runs / name / "recipe.json").exists() and read_recipe_of(runs, name) == run.recipe

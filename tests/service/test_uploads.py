@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import socket
 import time
@@ -9,8 +10,11 @@ from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
+from starlette.requests import Request
+from starlette.types import Message
 
-from service.uploads import MAX_OPTIONS, Upload, _images_of, batch_body_bytes, budget_bytes
+from service.errors import BodyTooSlow, ClarifierError, DeadlineExceeded
+from service.uploads import MAX_OPTIONS, Account, ByteBudget, Upload, _images_of, _read, batch_body_bytes, budget_bytes
 from tests.service.conftest import Running, running, until
 from tests.service.fakes import FakeBundle, encoded, green, png
 
@@ -105,6 +109,18 @@ def test_a_body_of_exactly_the_limit_is_read(small: Running) -> None:
     assert small.client.post("/classify", content=padded).status_code == 200
     assert small.client.post("/classify", files={"image": padded}).status_code == 200
     small.refuses(small.client.post("/classify", files={"image": padded + b"0"}), 413, "body_too_large")
+
+
+@pytest.mark.parametrize(("seconds_left", "error"), [(5.0, DeadlineExceeded), (50.0, BodyTooSlow)])
+def test_a_timer_that_rings_early_is_told_by_what_it_was_set_for(
+    seconds_left: float, error: type[ClarifierError]
+) -> None:
+    async def ring_early() -> Message:
+        raise TimeoutError
+
+    request, account = Request({"type": "http", "headers": []}, ring_early), Account(ByteBudget(LIMIT))
+    with pytest.raises(error):
+        asyncio.run(_read(request, account, LIMIT, timeout_s=10.0, deadline=time.monotonic() + seconds_left))
 
 
 def test_row_4_a_body_that_stops_coming_is_408_and_holds_no_place(small: Running) -> None:
