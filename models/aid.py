@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from models.classifiers import Classifier
 from models.gradients import ball, exact_identity, input_gradient
 from models.manifest import AidPreset, AidSpec
+from models.recorded import Recorded
 
 
 def fully_connected(inputs: int, outputs: int, *, norm: bool) -> list[nn.Module]:
@@ -96,6 +97,7 @@ class AidPurifier(nn.Module):
     def __init__(self, aid: Aid, preset: AidPreset) -> None:
         super().__init__()
         self.aid, self.preset = aid, preset
+        self._ascent = Recorded(aid, self._logit_gradient)
 
     def forward(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
         """Purified images, same shape, in [0, 1]; nothing is drawn, so `seeds` changes nothing.
@@ -105,6 +107,9 @@ class AidPurifier(nn.Module):
         received = images.detach()
         purified, (lower, upper) = received, ball(received, self.preset.eps)
         for _ in range(self.preset.steps):
-            gradient = input_gradient(self.aid.logits, purified)
+            gradient = self._ascent(purified)
             purified = (purified + self.preset.step_size * gradient.sign()).clamp(lower, upper)
         return exact_identity(images, purified)
+
+    def _logit_gradient(self, images: Tensor) -> Tensor:
+        return input_gradient(self.aid.logits, images)

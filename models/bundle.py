@@ -26,6 +26,7 @@ from models.files import replace_text
 from models.gate import GatePurifier
 from models.manifest import AidSpec, AtopSpec, AutoPreset, AutoSpec, Manifest, ZeroPurSpec
 from models.packed import packed_twin
+from models.recorded import record_forward
 from models.zeropur import ZeroPurPurifier
 
 MANIFEST = "bundle.json"
@@ -43,7 +44,7 @@ class Bundle:
     """A loaded bundle: a frozen classifier and its defenses, on one device, in eval mode.
 
     `classifier`, `inpainter` and `discriminator` are the networks as they are; the defenses run twins of them that
-    share their weights and keep them packed (see `models.packed`).
+    share their weights, keep them packed and record what they do to single images (`models.packed`, `models.recorded`).
     """
 
     def __init__(
@@ -63,10 +64,13 @@ class Bundle:
         for part in (classifier, inpainter, discriminator):
             if part is not None:
                 part.eval().requires_grad_(False)
-        self._packed_classifier = packed_twin(classifier)
-        self._packed_inpainter = None if inpainter is None else packed_twin(inpainter)
+        self._classifier_twin = record_forward(packed_twin(classifier))
+        self._inpainter_twin = None if inpainter is None else record_forward(packed_twin(inpainter))
+        self._purifiers: dict[tuple[str, str], Purifier] = {}
         aid = manifest.defenses.aid
-        self.aid = Aid(self._packed_classifier, discriminator, aid.taps) if aid and discriminator else None
+        self.aid: Aid | None = None
+        if aid is not None and discriminator is not None:
+            self.aid = record_forward(Aid(self._classifier_twin, discriminator, aid.taps).eval())
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -88,20 +92,24 @@ class Bundle:
 
         Raises UnknownDefense for a chain that the bundle does not offer.
         """
-        return DefendedClassifier(self._packed_classifier, self._chain(defense), votes=votes, seed=seed).eval()
+        return DefendedClassifier(self._classifier_twin, self._chain(defense), votes=votes, seed=seed).eval()
 
     def _chain(self, defense: str) -> list[Purifier]:
-        return [self._purifier(name, preset) for name, preset in self.manifest.chain(defense)]
+        wanted = self.manifest.chain(defense)
+        for name, preset in wanted:
+            if (name, preset) not in self._purifiers:  # kept, for what it has recorded
+                self._purifiers[name, preset] = self._build_purifier(name, preset)
+        return [self._purifiers[step] for step in wanted]
 
-    def _purifier(self, name: str, preset: str) -> Purifier:
+    def _build_purifier(self, name: str, preset: str) -> Purifier:
         spec = self.manifest.defenses.offered()[name]
         match spec:
-            case AtopSpec() if self._packed_inpainter is not None:
-                return AtopPurifier(self._packed_inpainter, spec.presets[preset])
+            case AtopSpec() if self._inpainter_twin is not None:
+                return AtopPurifier(self._inpainter_twin, spec.presets[preset])
             case AidSpec() if self.aid is not None:
                 return AidPurifier(self.aid, spec.presets[preset])
             case ZeroPurSpec():
-                return ZeroPurPurifier(self._packed_classifier, spec.presets[preset])
+                return ZeroPurPurifier(self._classifier_twin, spec.presets[preset])
             case AutoSpec() if self.aid is not None:
                 gate = spec.presets[preset]
                 cheap, strong = self._chain(gate.cheap), self._chain(gate.strong)

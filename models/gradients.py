@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def input_gradient(
@@ -24,6 +25,11 @@ def input_gradient(
         weights = [torch.ones_like(output) for output in outputs] if weights is None else weights
         (gradient,) = torch.autograd.grad(outputs, images, grad_outputs=list(weights))
     return gradient
+
+
+def is_transformed() -> bool:
+    """Whether tangents are carried here, or a transform of torch.func is at work: plain autograd would lose either."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
 
 
 def ball(center: Tensor, eps: float) -> tuple[Tensor, Tensor]:

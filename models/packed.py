@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+
+from models.gradients import is_transformed
 
 MAX_PACKED_BATCH = 2
 """Beyond it packing saves nothing that could be measured."""
@@ -25,8 +26,8 @@ LinearMap = Callable[[Tensor], Tensor]
 class PackedConv2d(nn.Conv2d):
     """An `nn.Conv2d` with the same parameters that computes small float32 batches on a CPU with packed weights.
 
-    Everything else (training, autocast, tangents, large batches, other devices and types) is computed as ever. Weights
-    that are changed are packed again.
+    Everything else (training, autocast, tangents, torch.func, large batches, other devices and types) is computed as
+    ever. Weights that are changed are packed again.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -63,7 +64,7 @@ class PackedConv2d(nn.Conv2d):
             and images.device.type == self.weight.device.type == "cpu"
             and not (torch.is_grad_enabled() and self.weight.requires_grad)
             and not torch.is_autocast_enabled("cpu")
-            and forward_ad._current_level < 0  # tangents would be lost
+            and not is_transformed()
         )
 
     def _pack(self) -> tuple[LinearMap, LinearMap]:

@@ -22,6 +22,7 @@ from models.classifiers import Classifier
 from models.gradients import ball, exact_identity, input_gradient
 from models.manifest import ZeroPurPreset
 from models.randomness import uniform
+from models.recorded import Recorded
 
 
 class ZeroPurPurifier(nn.Module):
@@ -30,6 +31,9 @@ class ZeroPurPurifier(nn.Module):
     def __init__(self, classifier: Classifier, preset: ZeroPurPreset) -> None:
         super().__init__()
         self.classifier, self.preset = classifier, preset
+        self._ascent = Recorded(classifier, self._similarity_gradient)
+        align = self._perceptual_gradient if preset.perceptual_weight else self._projection_gradient
+        self._alignment = Recorded(classifier, align)
 
     @property
     def is_random(self) -> bool:
@@ -40,80 +44,75 @@ class ZeroPurPurifier(nn.Module):
         if not self.preset.coarse_steps:
             return blur(images, self.preset.blur)
         received = images.detach()
-        purified = coarse_shifting(self.classifier, received, self.preset, seeds)
+        purified = self.coarse_shifting(received, seeds)
         if self.preset.fine_steps:
-            purified = fine_alignment(self.classifier, received, purified, self.preset)
+            purified = self.fine_alignment(received, purified)
         return exact_identity(images, purified)
 
+    def coarse_shifting(self, received: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Algorithm 1: ascend cos(z(x), z(B(x))) through z(x) alone, z being the pooled embedding."""
+        preset, shifted, (lower, upper) = self.preset, received, ball(received, self.preset.eps)
+        if preset.random_start:
+            start = 2 * uniform(seeds, received.shape[1:], received.device) - 1
+            shifted = (received + preset.eps * start).clamp(lower, upper)
+        velocity = torch.zeros_like(received)
+        for _ in range(preset.coarse_steps):
+            gradient = self._ascent(shifted, blur(shifted, preset.blur))
+            if preset.momentum:
+                velocity = l1_normalized(gradient) + preset.momentum * velocity
+                gradient = velocity
+            shifted = (shifted + preset.coarse_step_size * gradient.sign()).clamp(lower, upper)
+        return shifted
 
-def coarse_shifting(classifier: Classifier, received: Tensor, preset: ZeroPurPreset, seeds: Sequence[int]) -> Tensor:
-    """Algorithm 1: ascend cos(z(x), z(B(x))) through z(x) alone, z being the pooled embedding."""
-    shifted, (lower, upper) = received, ball(received, preset.eps)
-    if preset.random_start:
-        start = 2 * uniform(seeds, received.shape[1:], received.device) - 1
-        shifted = (received + preset.eps * start).clamp(lower, upper)
-    velocity = torch.zeros_like(received)
-    for _ in range(preset.coarse_steps):
+    def fine_alignment(self, received: Tensor, coarse: Tensor) -> Tensor:
+        """Algorithm 2: ascend sum_l <f_l(x'') - o_l, d_l>, d_l = f_l(coarse) - o_l, o_l = f_l(received).
+
+        The gradient of that sum is the features' own, weighted by d_l: no loss is formed, and o_l drops out.
+        The perceptual term of the later version (`perceptual_weight`) adds the gradient of self-LPIPS.
+        """
+        preset, layers = self.preset, self.preset.fine_layers
+        start = received.detach().requires_grad_()
+        with torch.enable_grad():
+            features = self.classifier.features(start, layers)
         with torch.no_grad():
-            blurred = classifier.embedding(blur(shifted, preset.blur))
+            target = self.classifier.features(coarse, layers)
+        original = [layer.detach() for layer in features]
+        directions = [target_ - original_ for target_, original_ in zip(target, original, strict=True)]
+        references = list[Tensor]()
+        if preset.perceptual_weight:
+            directions = [preset.projection_weight * unit_projection(direction) for direction in directions]
+            references = [lpips_features(original)]
 
-        def similarity(images: Tensor, blurred: Tensor = blurred) -> Tensor:
-            return F.cosine_similarity(classifier.embedding(images), blurred)
+        # At step 0, x'' = x, whose features are there already; a perceptual distance and its gradient are zero.
+        (gradient,) = torch.autograd.grad(features, start, grad_outputs=directions)
+        aligned, (lower, upper) = received, ball(received, preset.eps)
+        for step in range(preset.fine_steps):
+            if step > 0:
+                gradient = self._alignment(aligned, *directions, *references)
+            aligned = (aligned + preset.fine_step_size * gradient.sign()).clamp(lower, upper)
+        return aligned
 
-        gradient = input_gradient(similarity, shifted)
-        if preset.momentum:
-            velocity = l1_normalized(gradient) + preset.momentum * velocity
-            gradient = velocity
-        shifted = (shifted + preset.coarse_step_size * gradient.sign()).clamp(lower, upper)
-    return shifted
+    def _similarity_gradient(self, images: Tensor, blurred: Tensor) -> Tensor:
+        """The gradient of cos(z(x), z(B(x))) through z(x) alone."""
+        with torch.no_grad():
+            target = self.classifier.embedding(blurred)
+        return input_gradient(lambda x: F.cosine_similarity(self.classifier.embedding(x), target), images)
 
+    def _projection_gradient(self, images: Tensor, *directions: Tensor) -> Tensor:
+        """The gradient of the features' inner product with `directions`, layer by layer."""
+        return input_gradient(lambda x: self.classifier.features(x, self.preset.fine_layers), images, directions)
 
-def fine_alignment(classifier: Classifier, received: Tensor, coarse: Tensor, preset: ZeroPurPreset) -> Tensor:
-    """Algorithm 2: ascend sum_l <f_l(x'') - o_l, d_l>, d_l = f_l(coarse) - o_l, o_l = f_l(received).
+    def _perceptual_gradient(self, images: Tensor, *directions_and_reference: Tensor) -> Tensor:
+        """The gradient of the weighted projection minus the weighted self-LPIPS distance to the received image."""
+        *directions, reference = directions_and_reference
 
-    The gradient of that sum is the features' own, weighted by d_l: no loss is formed, and o_l drops out.
-    The perceptual term of the later version (`perceptual_weight`) adds the gradient of self-LPIPS.
-    """
-    layers = preset.fine_layers
-    start = received.detach().requires_grad_()
-    with torch.enable_grad():
-        features = classifier.features(start, layers)
-    with torch.no_grad():
-        target = classifier.features(coarse, layers)
-    original = [layer.detach() for layer in features]
-    directions = [target_ - original_ for target_, original_ in zip(target, original, strict=True)]
-    if preset.perceptual_weight:
-        directions = [preset.projection_weight * unit_projection(direction) for direction in directions]
-        reference = lpips_features(original)
+        def objective(x: Tensor) -> Tensor:
+            features = self.classifier.features(x, self.preset.fine_layers)
+            projection = torch.stack([dot(f, d) for f, d in zip(features, directions, strict=True)]).sum(0)
+            distance: Tensor = (lpips_features(features) - reference).norm(dim=1)
+            return projection - self.preset.perceptual_weight * distance
 
-    # At step 0, x'' = x, whose features are there already; a perceptual distance and its gradient are zero.
-    (gradient,) = torch.autograd.grad(features, start, grad_outputs=directions)
-    aligned, (lower, upper) = received, ball(received, preset.eps)
-    for step in range(preset.fine_steps):
-        if step > 0 and preset.perceptual_weight:
-            gradient = _perceptual_gradient(classifier, aligned, reference, directions, preset)
-        elif step > 0:
-            gradient = input_gradient(lambda images: classifier.features(images, layers), aligned, directions)
-        aligned = (aligned + preset.fine_step_size * gradient.sign()).clamp(lower, upper)
-    return aligned
-
-
-def _perceptual_gradient(
-    classifier: Classifier,
-    aligned: Tensor,
-    reference: Tensor,
-    directions: Sequence[Tensor],
-    preset: ZeroPurPreset,
-) -> Tensor:
-    """The gradient of the weighted projection minus the weighted self-LPIPS distance to the received image."""
-
-    def objective(images: Tensor) -> Tensor:
-        features = classifier.features(images, preset.fine_layers)
-        projection = torch.stack([dot(f, d) for f, d in zip(features, directions, strict=True)]).sum(0)
-        distance: Tensor = (lpips_features(features) - reference).norm(dim=1)
-        return projection - preset.perceptual_weight * distance
-
-    return input_gradient(objective, aligned)
+        return input_gradient(objective, images)
 
 
 def lpips_features(features: Sequence[Tensor]) -> Tensor:

@@ -38,8 +38,9 @@ class Settings(BaseSettings):
 
     max_batch_size: Annotated[int, Field(ge=1, le=1024)] = 32
     """Images that run together; also the most images of one `/classify/batch`."""
-    max_queue_delay_ms: NonNegativeFloat = 1.0
-    """How long the oldest image waits for company before its batch leaves unfilled."""
+    max_queue_delay_ms: NonNegativeFloat = 0.0
+    """How long the oldest image waits for company before its batch leaves unfilled, while the engine has nothing to do.
+    While it runs, company gathers by itself."""
     max_queue_size: PositiveInt = 256
     """Images that may wait; one more is answered 429."""
     request_timeout_ms: PositiveFloat = 30_000

@@ -88,6 +88,13 @@ def test_tangents_are_those_of_the_plain_convolution() -> None:
     torch.testing.assert_close(answer, expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.func's own import
+def test_functional_gradients_are_those_of_the_plain_convolution() -> None:
+    conv, packed = frozen_pair(kernel_size=3)
+    expected, answer = (torch.func.grad(lambda x, n=network: n(x).pow(2).sum())(images()) for network in (conv, packed))
+    torch.testing.assert_close(answer, expected)
+
+
 def test_only_plain_convolutions_are_packed_and_the_network_keeps_its_names() -> None:
     network = nn.Sequential(
         nn.Conv2d(3, 4, 3),

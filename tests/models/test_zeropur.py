@@ -8,7 +8,7 @@ from torch import Tensor
 from models.blur import blur
 from models.classifiers import Classifier
 from models.manifest import ZeroPurPreset
-from models.zeropur import ZeroPurPurifier, coarse_shifting, fine_alignment, l1_normalized, lpips_features
+from models.zeropur import ZeroPurPurifier, l1_normalized, lpips_features
 from tests.networks import SIZE, tiny_classifier, zeropur_preset
 
 
@@ -88,15 +88,16 @@ def test_coarse_shifting_turns_the_embedding_towards_that_of_the_blurred_image(i
     def similarity(batch: Tensor) -> Tensor:
         return F.cosine_similarity(classifier.embedding(batch), classifier.embedding(blur(images, preset.blur)))
 
-    shifted = coarse_shifting(classifier, images, preset, range(4))
+    shifted = ZeroPurPurifier(classifier, preset).coarse_shifting(images, range(4))
 
     assert bool((similarity(shifted) > similarity(images)).all())
 
 
 def test_fine_alignment_moves_the_features_along_the_coarse_direction(images: Tensor) -> None:
     classifier, preset = tiny_classifier(), zeropur_preset(fine_steps=20)
-    coarse = coarse_shifting(classifier, images, preset, range(4))
-    aligned = fine_alignment(classifier, images, coarse, preset)
+    purifier = ZeroPurPurifier(classifier, preset)
+    coarse = purifier.coarse_shifting(images, range(4))
+    aligned = purifier.fine_alignment(images, coarse)
 
     def projection(batch: Tensor) -> Tensor:
         original = classifier.features(images, preset.fine_layers)

@@ -16,7 +16,7 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
     assert (settings.default_model, settings.device) == ("cifar10", "auto")
     assert (settings.engine, settings.queue) == ("torch", "memory")
     assert (settings.host, settings.port) == ("127.0.0.1", 8000)
-    assert (settings.max_batch_size, settings.max_queue_delay_ms, settings.max_queue_size) == (32, 1, 256)
+    assert (settings.max_batch_size, settings.max_queue_delay_ms, settings.max_queue_size) == (32, 0, 256)
     assert (settings.request_timeout_ms, settings.body_timeout_s) == (30_000, 10)
     assert (settings.max_image_bytes, settings.max_image_pixels) == (10 * 2**20, 40_000_000)
     assert (settings.drain_delay_s, settings.drain_timeout_s) == (0, 25)
