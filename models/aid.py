@@ -7,7 +7,7 @@ image of the paper's text. Purification ascends D.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +97,11 @@ class AidPurifier(nn.Module):
     def __init__(self, aid: Aid, preset: AidPreset) -> None:
         super().__init__()
         self.aid, self.preset = aid, preset
-        self._ascent = Recorded(aid, self._logit_gradient)
+        self._ascent: Callable[[Tensor], Tensor] = self._logit_gradient
+
+    def record(self) -> None:
+        """Have the steps for single images recorded (`models.recorded`); the networks must not change any more."""
+        self._ascent = Recorded(self._ascent)
 
     def forward(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
         """Purified images, same shape, in [0, 1]; nothing is drawn, so `seeds` changes nothing.

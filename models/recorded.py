@@ -8,54 +8,59 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from models.gradients import is_transformed
 
 logger = logging.getLogger(__name__)
 
 MAX_RECORDINGS = 8
-"""Kinds of input that are kept for one function."""
+"""Kinds of input that are recorded for one function; others run as ever."""
 
 N = TypeVar("N", bound=nn.Module)
 Run = Callable[..., Any]
-Kind = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
 
 # What an operator with one of these does is not the same for the next image.
-UNRECORDABLE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
+UNRECORDABLE_TAGS = {
+    torch.Tag.data_dependent_output,
+    torch.Tag.dynamic_output_shape,
+    torch.Tag.nondeterministic_seeded,
+}
+# Numbers that leave the tensors unseen by the recording.
+UNRECORDABLE_CALLS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
 
 _recording = threading.Lock()
 
 
-class Recorded:
-    """`function` of tensors and of the frozen `network`, recorded for each shape and layout of a single image.
+class Unrecordable(Exception):
+    """What the function does depends on the image; the message says how."""
 
-    What is not a single plain image on a CPU (batches, tangents, tracing, images whose gradient is wanted, networks in
-    training) is computed as ever; so are functions that draw numbers or whose course depends on the image's content.
-    Weights that are changed in place are recorded again. A network must not be changed in any other way.
+
+class Recorded:
+    """`function` of tensors, recorded for each shape, layout and type of a single image.
+
+    Whatever else `function` uses, such as a network, must not change any more. What is not a single plain image on a
+    CPU (batches, tangents, autocast, tracing, images whose gradient is wanted) runs as ever. So does a function that
+    draws numbers, whose course or sizes depend on the image's content, or that cannot be recorded for other reasons.
     """
 
-    def __init__(self, network: nn.Module, function: Run) -> None:
+    def __init__(self, function: Run) -> None:
         """`function` takes tensors, the image (1, ...) first, and returns a tensor or a sequence of them."""
-        self._network, self._function = network, function
-        self._tensors = [*network.parameters(), *network.buffers()]
-        self._recordings: dict[Kind, Run] = {}
-        self._version = self._current_version()
+        self._function = function
+        self._recordings: dict[object, Run] = {}
 
-    def __call__(self, *inputs: Tensor) -> Any:
-        if not self._is_recordable(inputs):
-            return self._function(*inputs)
-        version = self._current_version()
-        if version != self._version:
-            self._recordings, self._version = {}, version
+    def __call__(self, *inputs: Tensor, **named: Any) -> Any:
+        if named or not _is_recordable(inputs):
+            return self._function(*inputs, **named)
         kind = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in inputs)
         run = self._recordings.get(kind)
         if run is None:
@@ -63,57 +68,70 @@ class Recorded:
         with torch.no_grad():
             return run(*inputs)
 
-    def _is_recordable(self, inputs: tuple[Tensor, ...]) -> bool:
-        return (
-            inputs[0].shape[0] == 1
-            and all(type(tensor) is Tensor and tensor.device.type == "cpu" for tensor in inputs)
-            and not self._network.training
-            and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *self._tensors)))
-            and not torch.is_inference_mode_enabled()
-            and not torch.is_autocast_enabled("cpu")
-            and not is_transformed()
-            and not is_in_torch_dispatch_mode()
-        )
-
-    def _current_version(self) -> tuple[tuple[int, int], ...]:
-        return tuple((tensor.data_ptr(), tensor._version) for tensor in self._tensors)
-
-    def _record(self, kind: Kind, inputs: tuple[Tensor, ...]) -> Any:
+    def _record(self, kind: object, inputs: Sequence[Tensor]) -> Any:
         """The function's result, computed as ever, and its operators for the next time."""
         result = self._function(*inputs)
         with _recording:
-            if len(self._recordings) == MAX_RECORDINGS:
-                self._recordings.pop(next(iter(self._recordings)))
-            self._recordings[kind] = self._recording_of(inputs, result) or self._function
+            if kind not in self._recordings and len(self._recordings) < MAX_RECORDINGS:
+                try:
+                    self._recordings[kind] = recording(self._function, inputs)
+                except Exception as error:  # whatever it is, the answer is there
+                    logger.info("%s runs unrecorded: %s", getattr(self._function, "__qualname__", "a function"), error)
+                    self._recordings[kind] = self._function
         return result
 
-    def _recording_of(self, inputs: tuple[Tensor, ...], expected: Any) -> Run | None:
-        """The operators that give `expected`; None, and a line in the log, where they would not do for others."""
-        try:
-            graph = make_fx(lambda *tensors: self._function(*tensors))(*(tensor.detach() for tensor in inputs))
-            _tidy(graph)
-            with torch.no_grad():
-                recorded = tree_leaves(graph(*inputs))
-        except Exception as error:  # whatever it is, the answer is there without a recording
-            logger.info("%s runs unrecorded: %s", type(self._network).__name__, error)
-            return None
-        tags = {tag for node in graph.graph.nodes for tag in getattr(node.target, "tags", ())}
-        same = all(map(_same_bits, recorded, tree_leaves(expected)))
-        if not same or tags & UNRECORDABLE:
-            logger.info("%s runs unrecorded: its operators depend on the image", type(self._network).__name__)
-            return None
-        run: Run = graph.forward
-        return run
-
     def __getstate__(self) -> dict[str, Any]:
-        """Without what was recorded: a copy records its own network."""
+        """Without what was recorded: a copy records anew."""
         return {**self.__dict__, "_recordings": {}}
 
 
 def record_forward(network: N) -> N:
     """`network` itself, whose `forward` is recorded from now on; its other methods are as they were."""
-    network.forward = Recorded(network, network.forward)
+    network.forward = Recorded(network.forward)
     return network
+
+
+def recording(function: Run, inputs: Sequence[Tensor]) -> Run:
+    """The operators that `function` runs on `inputs`, tried on others; it has run once before.
+
+    Raises Unrecordable, or whatever prevents the recording.
+    """
+    with _NoNumbers():
+        graph = make_fx(lambda *tensors: function(*tensors))(*(tensor.detach() for tensor in inputs))
+    tags = {tag for node in graph.graph.nodes for tag in getattr(node.target, "tags", ())}
+    if tags & UNRECORDABLE_TAGS:
+        raise Unrecordable("it draws numbers, or a size depends on the image")
+    _tidy(graph)
+    generator = torch.Generator().manual_seed(0)
+    others = [torch.empty_like(tensor).copy_(torch.rand(tensor.shape, generator=generator)) for tensor in inputs]
+    with torch.no_grad():
+        if not same_bits(graph(*others), function(*others)):
+            raise Unrecordable("another image has another course")
+    run: Run = graph.forward
+    return run
+
+
+class _NoNumbers(TorchFunctionMode):
+    """Refuses what would make numbers of the first image constants for all others."""
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in UNRECORDABLE_CALLS:
+            raise Unrecordable(f"it calls {func.__name__}")
+        return func(*args, **(kwargs or {}))
+
+
+def _is_recordable(inputs: Sequence[Tensor]) -> bool:
+    return (
+        inputs[0].shape[0] == 1
+        and all(type(tensor) is Tensor and tensor.device.type == "cpu" for tensor in inputs)
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs))
+        and not torch.is_inference_mode_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not is_transformed()
+        and not is_in_torch_dispatch_mode()
+    )
 
 
 def _tidy(graph: GraphModule) -> None:
@@ -125,5 +143,15 @@ def _tidy(graph: GraphModule) -> None:
     graph.recompile()
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    return one.stride() == other.stride() and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+def same_bits(one: Any, other: Any) -> bool:
+    """Whether two trees of tensors agree in structure, types, layouts and every bit."""
+    (leaves, structure), (other_leaves, other_structure) = tree_flatten(one), tree_flatten(other)
+    return structure == other_structure and all(map(_same, leaves, other_leaves))
+
+
+def _same(one: Any, other: Any) -> bool:
+    """NaNs agree with the same NaN, and 0 is not -0; what is no tensor agrees with nothing."""
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return False
+    alike = (one.dtype, one.shape, one.stride()) == (other.dtype, other.shape, other.stride())
+    return alike and torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))

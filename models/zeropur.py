@@ -11,7 +11,7 @@ image are computed once, and gradients go to images only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ from models.manifest import ZeroPurPreset
 from models.randomness import uniform
 from models.recorded import Recorded
 
+Gradient = Callable[..., Tensor]
+
 
 class ZeroPurPurifier(nn.Module):
     """ZeroPur on a frozen classifier; the classifier should be in eval mode."""
@@ -31,13 +33,16 @@ class ZeroPurPurifier(nn.Module):
     def __init__(self, classifier: Classifier, preset: ZeroPurPreset) -> None:
         super().__init__()
         self.classifier, self.preset = classifier, preset
-        self._ascent = Recorded(classifier, self._similarity_gradient)
-        align = self._perceptual_gradient if preset.perceptual_weight else self._projection_gradient
-        self._alignment = Recorded(classifier, align)
+        self._ascent: Gradient = self._similarity_gradient
+        self._alignment: Gradient = self._perceptual_gradient if preset.perceptual_weight else self._projection_gradient
 
     @property
     def is_random(self) -> bool:
         return self.preset.random_start
+
+    def record(self) -> None:
+        """Have the steps for single images recorded (`models.recorded`); the classifier must not change any more."""
+        self._ascent, self._alignment = Recorded(self._ascent), Recorded(self._alignment)
 
     def forward(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
         """Purified images, same shape, in [0, 1]. `seeds` matter only to a preset with a random start."""

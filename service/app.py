@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
@@ -48,13 +49,17 @@ class Loaded:
 
 def load_engine(settings: Settings) -> Loaded:
     """Load the model repository and warm it up, in this process with torch. Takes seconds."""
-    from models import load_bundle
+    from models import Bundle, load_bundle
     from service.engine import Engine, choose_device
 
     device = choose_device(settings.device)
-    bundles, refused = load_repository(
-        settings.model_repository, lambda path: load_bundle(path, device=device), settings.max_image_pixels
-    )
+
+    def load(path: Path) -> Bundle:
+        bundle = load_bundle(path, device=device)
+        bundle.record()
+        return bundle
+
+    bundles, refused = load_repository(settings.model_repository, load, settings.max_image_pixels)
     # An accelerator is tuned for full batches too; on a CPU a full batch of a slow defense takes seconds.
     largest = settings.max_batch_size if device.type == "cuda" else min(4, settings.max_batch_size)
     sizes = sorted({1, largest})

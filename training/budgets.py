@@ -61,11 +61,15 @@ class Effort(Strict):
     """How much fooling what the defense looks at counts beside fooling the classifier."""
     iterate_steps: NonNegativeInt = 0
     smooth_steps: NonNegativeInt = 0
+    smooth_sharpness: tuple[PositiveFloat, ...] = (3.0,)
+    """How closely the attacker's copy follows the sign, tanh(sharpness * u): small ones smooth, large ones exact."""
     curve_images: NonNegativeInt = 0
-    """Attacked at every point of the curves: accuracy against eps, and against steps."""
+    """Attacked at every point of the curves: accuracy against eps, against steps, and against draws."""
     curve_eps: tuple[PositiveFloat, ...] = (0.25, 0.5, 1.0, 1.5, 2.0)
     """Shares of the evaluation's eps."""
     curve_steps: tuple[PositiveInt, ...] = (1, 5, 20)
+    curve_draws: tuple[PositiveInt, ...] = ()
+    """Draws that the gradient of a random defense is averaged over; the curve shows whether EOT has enough of them."""
     unseen: bool = False
     """Whether level L6 is run: another norm, larger and smaller budgets, moved pixels, a known seed."""
 
@@ -149,6 +153,7 @@ BUDGETS: dict[BudgetName, Budget] = {
             aware_steps=50,
             curve_images=128,
             curve_steps=(1, 5, 10, 20, 50, 100),
+            curve_draws=(1, 5, 20),
             unseen=True,
         ),
         descending=Effort(
@@ -186,6 +191,7 @@ BUDGETS: dict[BudgetName, Budget] = {
             aware_steps=100,
             curve_images=512,
             curve_steps=(1, 5, 10, 20, 50, 100, 200, 400),
+            curve_draws=(1, 5, 20, 50),
             unseen=True,
         ),
         descending=Effort(
@@ -203,6 +209,7 @@ BUDGETS: dict[BudgetName, Budget] = {
             curve_steps=(1, 5, 10, 20, 50, 100, 200),
             iterate_steps=100,
             smooth_steps=100,
+            smooth_sharpness=(1.0, 3.0, 10.0, 30.0),
             unseen=True,
         ),
     ),

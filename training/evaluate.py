@@ -104,7 +104,7 @@ def measure(evaluation: Evaluation, subject: Subject) -> Entry:
 
 
 def curves(evaluation: Evaluation, subject: Subject) -> dict[str, list[dict[str, Any]]]:
-    """Accuracy against eps and against steps of the full-gradient attack."""
+    """Accuracy against the eps, the steps and the draws of the full-gradient attack."""
     found: dict[str, list[dict[str, Any]]] = {}
     if subject.name in evaluation.recipe.grey_box_only:
         return found

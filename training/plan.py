@@ -44,7 +44,6 @@ SMOOTH_PASSES = 6
 DLR_CLASSES = 3
 """The difference-of-logits ratio is not defined for fewer."""
 TRANSFER_STEPS = 40
-SHARPNESS = 3.0
 
 
 Objectives = Callable[[Tensor, Looks], Objective]
@@ -258,6 +257,18 @@ class Planner:
             draws=draws,
         )
 
+    def smooth(self, purifier: unrolled.Descending, sharpness: float, effort: Effort) -> list[Attack]:
+        """Through every step of the purifier, with tanh in the place of the sign."""
+        return self.climbs(
+            f"smooth_steps_{sharpness:g}",
+            "L4",
+            effort,
+            effort.smooth_steps,
+            lambda labels, looks: unrolled.through_smooth_steps(purifier, self.classifier, labels, sharpness=sharpness),
+            Work(answers=SMOOTH_PASSES),
+            sharpness=sharpness,
+        )
+
     def unrolled(self, purifier: unrolled.Descending, effort: Effort) -> list[Attack]:
         """Attacks on the steps of a purifier that descends; none where its preset cannot be unrolled."""
         if not unrolled.can_be_unrolled(purifier):
@@ -270,15 +281,9 @@ class Planner:
             lambda labels, looks: unrolled.over_iterates(purifier, self.classifier, labels),
             Work(answers=2),
         )
-        smooth = self.climbs(
-            "smooth_steps",
-            "L4",
-            effort,
-            effort.smooth_steps,
-            lambda labels, looks: unrolled.through_smooth_steps(purifier, self.classifier, labels, sharpness=SHARPNESS),
-            Work(answers=SMOOTH_PASSES),
-            sharpness=SHARPNESS,
-        )
+        smooth = [
+            attack for sharpness in effort.smooth_sharpness for attack in self.smooth(purifier, sharpness, effort)
+        ]
         return for_all_that_have(purifier, over + smooth)
 
     def square(self, subject: Subject) -> Attack:

@@ -15,6 +15,12 @@ from training.pictures import Picture
 
 TEMPLATE = "report.html.jinja"
 BINS = 40
+AXES = {
+    "eps": "budget of the attack, in 255ths",
+    "steps": "steps of the attack",
+    "draws": "draws that the gradient is the mean of",
+}
+"""What curves are drawn against."""
 
 
 def page(
@@ -36,7 +42,7 @@ def page(
         rows=rows,
         attacks=attacks(rows),
         pictures=pictures,
-        curves={axis: curve(rows, axis) for axis in ("eps", "steps")},
+        curves={axis: curve(rows, axis) for axis in AXES},
         histogram=histogram(scores, report["detection"]["threshold"]) if scores else "",
     )
 
@@ -56,15 +62,15 @@ def curve(rows: Mapping[str, Mapping[str, Any]], axis: str) -> str:
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     axes = figure.subplots()
     for name, points in drawn.items():
-        values = [255 * point["eps"] if axis == "eps" else point["steps"] for point in points]
+        values = [255 * point["eps"] if axis == "eps" else point[axis] for point in points]
         accuracies = [100 * point["accuracy"] for point in points]
         low, high = zip(*([100 * end for end in point["interval"]] for point in points), strict=True)
         (line,) = axes.plot(values, accuracies, marker="o", label=name)
         axes.fill_between(values, low, high, color=line.get_color(), alpha=0.15)
-    axes.set_xlabel("budget of the attack, in 255ths" if axis == "eps" else "steps of the attack")
+    axes.set_xlabel(AXES[axis])
     axes.set_ylabel("accuracy, %")
     axes.set_ylim(0, 100)
-    if axis == "steps":
+    if axis != "eps":
         axes.set_xscale("log")
     axes.legend()
     return svg(figure)

@@ -22,6 +22,7 @@ import torch
 from pydantic import Field, model_validator
 
 from models.manifest import Fraction, Strict
+from training.budgets import Budget
 from training.config import EvaluateRecipe, RecipeError, read_recipe
 from training.provenance import content_sha256
 from training.statistics import paired
@@ -270,7 +271,9 @@ def checked(path: Path, row: Row) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text())
     recipe = read_recipe(TABLES.parent / f"{row.recipe}.toml", EvaluateRecipe)
     wanted = recipe.model_dump(mode="json", include=SETTINGS) | {"budget": recipe.effort.model_dump(mode="json")}
-    if other := [name for name, value in wanted.items() if found["recipe"].get(name) != value]:
+    spent = Budget.model_validate(found["recipe"]["budget"])  # what it could not yet say is what it did by default
+    had = found["recipe"] | {"budget": spent.model_dump(mode="json")}
+    if other := [name for name, value in wanted.items() if had.get(name) != value]:
         raise ValueError(f"{path} was not measured by {row.recipe}.toml as it is now: {', '.join(other)} differ")
     bundle = Path(row.bundle) / "bundle.json"
     known = found["recipe"].get("content_sha256")

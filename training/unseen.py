@@ -138,15 +138,16 @@ def rand(planner: Planner, subject: Subject, wanted: FurtherAttack, threat: Linf
 
 
 def curve_points(planner: Planner, subject: Subject) -> dict[str, list[tuple[float, Attack]]]:
-    """The full-gradient attack at several eps, and with several numbers of steps: value and attack."""
+    """The full-gradient attack at several eps, with several numbers of steps, and of draws: value and attack."""
     effort, defended = planner.effort(subject), subject.defended
     if not effort.curve_images:
         return {}
-    draws = planner.draws(subject, effort.full_draws)
+    usual, usual_draws = max(1, effort.full_steps), planner.draws(subject, effort.full_draws)
 
-    def point(share: float, steps: int) -> Attack:
+    def point(share: float = 1.0, steps: int = usual, draws: int = usual_draws) -> Attack:
+        averaged = "" if draws == usual_draws else f"_draws_{draws}"
         (attack,) = planner.climbs(
-            f"curve_eps_{share:g}_steps_{steps}",
+            f"curve_eps_{share:g}_steps_{steps}{averaged}",
             "L6",
             effort,
             steps,
@@ -157,8 +158,10 @@ def curve_points(planner: Planner, subject: Subject) -> dict[str, list[tuple[flo
         )
         return replace(attack, images=effort.curve_images)
 
-    usual = max(1, effort.full_steps)
-    return {
-        "eps": [(share * planner.eps, point(share, usual)) for share in effort.curve_eps],
-        "steps": [(steps, point(1.0, steps)) for steps in effort.curve_steps],
+    points: dict[str, list[tuple[float, Attack]]] = {
+        "eps": [(share * planner.eps, point(share=share)) for share in effort.curve_eps],
+        "steps": [(steps, point(steps=steps)) for steps in effort.curve_steps],
     }
+    if defended.is_random and effort.curve_draws:
+        points["draws"] = [(draws, point(draws=draws)) for draws in effort.curve_draws]
+    return points

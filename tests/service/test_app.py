@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from models.recorded import Recorded
 from service.app import Loaded, create_app, load_engine
 from service.engine import Engine
 from service.settings import Settings
@@ -147,6 +148,9 @@ def test_every_sound_bundle_is_warmed_before_it_is_served(tmp_path: Path, monkey
     assert "cifar10@1" in shipped
     assert sorted(result.catalog.bundles) == shipped
     assert sorted(warmed) == [([name], [1, 4]) for name in shipped]
+    assert all(
+        isinstance(vars(bundle)["_classifier_twin"].forward, Recorded) for bundle in result.catalog.bundles.values()
+    )
 
 
 def test_a_gateway_needs_no_torch_until_it_loads_an_engine() -> None:

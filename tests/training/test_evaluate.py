@@ -351,7 +351,7 @@ def names(bundle: Bundle, defense: str, **changes: Any) -> dict[str, set[str]]:
 def test_every_kind_of_defense_meets_the_attacks_that_are_made_for_it(finished: Workshop) -> None:
     bundle = load_bundle(finished.bundle)
     usual = {"L1": {"fgsm", "pgd3"}, "L3": {"full", "apgd_ce", "apgd_dlr"}, "L5": {"square", "transfer_other@1"}}
-    steps = {"iterates", "smooth_steps"}
+    steps = {"iterates", "smooth_steps_3"}
     assert names(bundle, "none") == {**usual, "L2": set(), "L4": set(), "L6": set()}
     assert names(bundle, "atop") == {**usual, "L2": {"bpda"}, "L4": {"fixed_look"}, "L6": set()}
     assert names(bundle, "aid") == {**usual, "L2": {"bpda"}, "L4": {"aware_aid_1", *steps}, "L6": set()}
@@ -371,7 +371,7 @@ def test_an_attack_on_one_purifier_serves_every_defense_that_has_it(finished: Wo
         attacks = every_level(planner, Subject(defense, bundle.defended(defense)))
         return {attack.name: attack.settings for attack in attacks if attack.shared and attack.level == "L4"}
 
-    assert shared("zeropur").keys() == {"aware_zeropur_1", "iterates", "smooth_steps"}
+    assert shared("zeropur").keys() == {"aware_zeropur_1", "iterates", "smooth_steps_3"}
     assert shared("auto") == shared("zeropur")  # its strong chain
     assert shared("atop") == {}
     assert shared("aid")["iterates"] != shared("zeropur")["iterates"]  # by what they stand on
@@ -398,7 +398,7 @@ def test_images_that_attack_one_purifier_are_made_once(
     evaluation = evaluation_of(load_bundle(finished.bundle), color_set(4), tmp_path)
     zeropur, auto = entry_of(evaluation, "zeropur"), entry_of(evaluation, "auto")
     assert made == ["over_iterates", "through_smooth_steps"]
-    assert {"iterates", "smooth_steps"} <= zeropur.right.keys() & auto.right.keys()
+    assert {"iterates", "smooth_steps_3"} <= zeropur.right.keys() & auto.right.keys()
     entry_of(evaluation, "aid")
     assert len(made) == 4
 
@@ -705,6 +705,30 @@ def test_a_point_of_both_curves_is_measured_once(finished: Workshop, tmp_path: P
     lines = (tmp_path / "findings.jsonl").read_text().splitlines()
     assert sum("curve_eps_1_steps_2" in line for line in lines) == 1
     assert len(evaluation.used) == len(lines)
+
+
+def test_only_a_defense_that_draws_has_a_curve_against_draws(finished: Workshop, tmp_path: Path) -> None:
+    effort = {**RECIPES["evaluate"]["budget"]["one_pass"], "curve_images": 3, "curve_steps": [2], "curve_draws": [1, 3]}
+    budget = {"one_pass": effort, "descending": effort}
+    evaluation = evaluation_of(load_bundle(finished.bundle), color_set(8), tmp_path, budget=budget)
+    assert [point["draws"] for point in entry_of(evaluation, "atop").report["curves"]["draws"]] == [1, 3]
+    findings = [json.loads(line) for line in (tmp_path / "findings.jsonl").read_text().splitlines()]
+    spent = {found["of"]["settings"]["draws"] for found in findings if "curve" in found["of"].get("attack", "")}
+    assert {1, 3} <= spent
+    assert "draws" not in entry_of(evaluation, "none").report["curves"]
+    assert "draws" not in entry_of(evaluation, "zeropur").report["curves"]
+
+
+def test_each_sharpness_is_an_attack_of_its_own(finished: Workshop) -> None:
+    recipe = recipe_with(budget={"descending": {"images": 4, "smooth_steps": 1, "smooth_sharpness": [1.0, 10.0]}})
+    bundle = load_bundle(finished.bundle)
+    planner = Planner(bundle.classifier, recipe.effort, recipe.eps, recipe.seed, {}, 3)
+    attacks = {attack.name: attack for attack in planner.adaptive(Subject("aid", bundle.defended("aid")))}
+    assert {"smooth_steps_1", "smooth_steps_10"} <= attacks.keys()
+    assert attacks["smooth_steps_10"].settings["sharpness"] == 10.0
+    images, labels = torch.rand(4, 3, SIDE, SIDE), torch.zeros(4, dtype=torch.long)
+    one, ten = (attacks[name].run(images, labels, range(4)) for name in ("smooth_steps_1", "smooth_steps_10"))
+    assert not torch.equal(one, ten)
 
 
 def test_a_gate_is_forecast_by_what_attacked_images_take(finished: Workshop, tmp_path: Path) -> None:
