@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.aid import AidPurifier
-from models.classifiers import Classifier, MirroredClassifier
+from models.classifiers import AdoptedClassifier, Classifier, MirroredClassifier
 from models.gradients import input_gradient
 from models.manifest import AidPreset
 from models.packed import packed_twin
@@ -332,3 +332,19 @@ def test_same_bits_sees_every_difference() -> None:
     assert same_bits((zeros, zeros * torch.nan), (zeros.clone(), zeros * torch.nan))
     others = [-zeros, torch.zeros(1, 3), zeros.double(), torch.zeros(3, 2).T, zeros * torch.nan, (zeros,), None]
     assert not any(same_bits(zeros, other) for other in others)
+
+
+def test_a_users_network_that_works_in_place_is_recorded() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(inplace=True), nn.Conv2d(6, 6, 3), nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4),
+    )  # fmt: skip
+    classifier = AdoptedClassifier(network, {"stage1": "0", "stage2": "2", "pool": "5"}).eval().requires_grad_(False)
+    preset = zeropur_preset(coarse_steps=2, fine_steps=3)
+    recorded, plain = ZeroPurPurifier(classifier, preset), ZeroPurPurifier(classifier, preset)
+    recorded.record()
+    recorded(image(5), [5])
+    assert all(same_bits(recorded(image(seed), [seed]), plain(image(seed), [seed])) for seed in range(3))
+    assert is_recorded(classifier.forward, image(0))
+    assert is_recorded(plain._similarity_gradient, image(0), image(1))
