@@ -83,17 +83,17 @@ class ZeroPurPurifier(nn.Module):
             target = self.classifier.features(coarse, layers)
         original = [layer.detach() for layer in features]
         directions = [target_ - original_ for target_, original_ in zip(target, original, strict=True)]
-        references = list[Tensor]()
+        ascent = directions
         if preset.perceptual_weight:
             directions = [preset.projection_weight * unit_projection(direction) for direction in directions]
-            references = [lpips_features(original)]
+            ascent = [lpips_features(original), *directions]
 
         # At step 0, x'' = x, whose features are there already; a perceptual distance and its gradient are zero.
         (gradient,) = torch.autograd.grad(features, start, grad_outputs=directions)
         aligned, (lower, upper) = received, ball(received, preset.eps)
         for step in range(preset.fine_steps):
             if step > 0:
-                gradient = self._alignment(aligned, *directions, *references)
+                gradient = self._alignment(aligned, *ascent)
             aligned = (aligned + preset.fine_step_size * gradient.sign()).clamp(lower, upper)
         return aligned
 
@@ -107,9 +107,11 @@ class ZeroPurPurifier(nn.Module):
         """The gradient of the features' inner product with `directions`, layer by layer."""
         return input_gradient(lambda x: self.classifier.features(x, self.preset.fine_layers), images, directions)
 
-    def _perceptual_gradient(self, images: Tensor, *directions_and_reference: Tensor) -> Tensor:
-        """The gradient of the weighted projection minus the weighted self-LPIPS distance to the received image."""
-        *directions, reference = directions_and_reference
+    def _perceptual_gradient(self, images: Tensor, reference: Tensor, *directions: Tensor) -> Tensor:
+        """The gradient of the weighted projection minus the weighted self-LPIPS distance to the received image.
+
+        `reference` are the received image's LPIPS features.
+        """
 
         def objective(x: Tensor) -> Tensor:
             features = self.classifier.features(x, self.preset.fine_layers)

@@ -69,11 +69,11 @@ class Engine:
             raise EngineFault("cuda") from error
 
     def warm(self, batch_sizes: Sequence[int]) -> None:
-        """Run every defense of every bundle once per batch size, so that no client pays for first times."""
+        """Run every preset once, default ones once per batch size, so that no client pays for first times."""
         for name, bundle in self._bundles.items():
             started = time.monotonic()
-            for key in _keys(name, bundle.manifest):
-                for size in batch_sizes:
+            for key, sizes in _first_times(name, bundle.manifest, batch_sizes):
+                for size in sizes:
                     self.run(key, [np.zeros((*bundle.manifest.input_size, 3), np.uint8)] * size, [0] * size)
             logger.info("%s is warm on %s after %.1f s", name, self.device, time.monotonic() - started)
 
@@ -173,13 +173,16 @@ def _on_host(tensor: Tensor) -> Floats:
     return array
 
 
-def _keys(name: str, manifest: Manifest) -> list[Key]:
-    """Everything a client can ask of a bundle with one defense at its default preset."""
-    defenses = ["none", *manifest.defenses.offered(), manifest.resolve(manifest.default_defense)]
-    keys = [Key(Operation.CLASSIFY, name, defense) for defense in dict.fromkeys(defenses)]
+def _first_times(name: str, manifest: Manifest, batch_sizes: Sequence[int]) -> list[tuple[Key, Sequence[int]]]:
+    """What a client can ask of a bundle with one defense, or its default chain, and the batch sizes to try it at."""
+    offered = manifest.defenses.offered()
+    usual = dict.fromkeys(["none", *offered, manifest.resolve(manifest.default_defense)], batch_sizes)
+    presets = [manifest.resolve(f"{defense}:{preset}") for defense, spec in offered.items() for preset in spec.presets]
+    defenses = dict.fromkeys(presets, batch_sizes[:1]) | usual
+    runs = [(Key(Operation.CLASSIFY, name, defense), sizes) for defense, sizes in defenses.items()]
     if manifest.aid_threshold is not None:
-        keys.append(Key(Operation.DETECT, name))
-    return keys
+        runs.append((Key(Operation.DETECT, name), batch_sizes))
+    return runs
 
 
 def choose_device(name: str) -> torch.device:

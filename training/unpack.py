@@ -42,7 +42,7 @@ def unpack(directory: Path, runs: Path) -> list[Path]:
     told = told_runs(bundle)
     trained = last_runs(bundle, told)
     checkpoints = {trained[network]: state for network, state in checkpoints_of(bundle).items()}
-    written = {name: run for name, run in told.items() if name in checkpoints or not is_recorded(runs, name, run)}
+    written = {name: run for name, run in told.items() if name in checkpoints or not is_there(runs, name, run)}
     for name in written:
         if (runs / name).exists():
             raise RunError(f"{runs / name} is there already: unpack into other --runs, or remove it")
@@ -90,6 +90,6 @@ def checkpoints_of(bundle: Bundle) -> dict[str, Checkpoint]:
     return checkpoints
 
 
-def is_recorded(runs: Path, name: str, run: ToldRun) -> bool:
+def is_there(runs: Path, name: str, run: ToldRun) -> bool:
     """Whether a run of that name and recipe is there, finished or not."""
     return (runs / name / "recipe.json").exists() and read_recipe_of(runs, name) == run.recipe

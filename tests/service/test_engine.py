@@ -13,7 +13,7 @@ from service.engine import DeviceUnavailable, Engine, choose_device
 from service.errors import NotFinite
 from service.images import to_floats
 from service.work import Classified, Detected, EngineFault, Key, Operation, Pixels, Purified
-from tests.networks import SIZE, tiny_bundle
+from tests.networks import SIZE, tiny_bundle, with_auto
 from tests.service.fakes import CLASSES, NAN_VALUE, SIDE, FakeBundle, fake_manifest, green, marked
 
 NAME = "colors@1"
@@ -149,7 +149,24 @@ def test_warming_runs_every_defense_at_every_size() -> None:
     bundle = FakeBundle()
     engine(bundle).warm([1, 4])
     calls = 1 + 3 * 2 + 1  # none; atop, aid and zeropur, which are purified and classified apart; and detection
-    assert sorted(bundle.batches) == [1] * calls + [4] * calls
+    other_presets = 1 * 2  # atop:rt1
+    assert sorted(bundle.batches) == [1] * (calls + other_presets) + [4] * calls
+
+
+def test_after_warming_no_preset_is_recorded_for_a_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = with_auto(tiny_bundle(), 0.5)
+    bundle.record()
+    warm = Engine({NAME: bundle}, torch.device("cpu"))
+    warm.warm([1])
+    recorded = list[object]()
+    monkeypatch.setattr("models.recorded.recording", lambda *given: recorded.append(given))
+    offered = bundle.manifest.defenses.offered()
+    presets = [f"{defense}:{preset}" for defense, spec in offered.items() for preset in spec.presets]
+    assert len(presets) > len(offered)
+    image = np.random.default_rng(0).integers(0, 256, (*bundle.input_size, 3), np.uint8)
+    for preset in presets:
+        warm.run(Key(Operation.CLASSIFY, NAME, bundle.manifest.resolve(preset)), [image], [7])
+    assert recorded == []
 
 
 def test_devices_are_chosen_or_refused() -> None:

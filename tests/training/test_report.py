@@ -126,6 +126,8 @@ def test_curves_are_drawn_for_the_rows_that_have_them() -> None:
     assert ">two<" not in drawn
     assert curve(rows, "steps") == ""
     assert drawn == curve(rows, "eps")
+    averaged = curve({"one": row_with({"draws": [{"draws": 1, **point}, {"draws": 20, **point}]})}, "draws")
+    assert "draws that the gradient is the mean of" in averaged
 
 
 def test_the_histogram_names_what_it_shows() -> None:
