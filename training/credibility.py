@@ -6,7 +6,8 @@ looks robust to every attack that follows it. Each check returns one sentence pe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from models.defense import DefendedClassifier
 from models.randomness import generator_for
 from training.attacks.gradients import through
 from training.attacks.looks import Looks, seen
-from training.attacks.pgd import Model, ascend, cross_entropy
+from training.attacks.pgd import Model, ascend, best_wrong_logit, cross_entropy, right_logit
 from training.attacks.threats import Linf
 
 NOT_ADAPTIVE = "no attack that knows the defense was run"
@@ -52,6 +53,8 @@ def gradient_health(
         return [*found, "the gradient is not finite"]
     if zeros > ZERO_SHARE:
         found.append(f"{zeros:.0%} of the input gradients are exactly zero")
+    else:
+        found += stuck_logits(defended, images, labels, seed)
     rising = share_rising(defended, images, labels, slope, seed)
     count = len(images)
     if binomtest(round(rising * count), count, RISING_SHARE, alternative="less").pvalue < SURE:
@@ -84,6 +87,25 @@ def repeatability(defended: DefendedClassifier, images: Tensor, seed: int) -> li
     varies = [not torch.allclose(a, b, atol=1e-6) for a, b in ((judged, judged_other), (attacked, attacked_other))]
     if varies[0] != varies[1]:
         found.append("it is random while it is judged and not while it is attacked, or the other way round")
+    return found
+
+
+def stuck_logits(defended: DefendedClassifier, images: Tensor, labels: Tensor, seed: int) -> list[str]:
+    """The logits that decide must move with the image: clipped or rounded ones do not.
+
+    The loss may hide it, because it has a gradient as long as any logit does. A class whose logit is the same for every
+    image is no sign of it.
+    """
+    looks, found = Looks(seed, range(len(images))), list[str]()
+    with torch.no_grad():
+        logits = defended.vote(images, looks.next(), 0)
+    varies = logits.amax(0) > logits.amin(0)
+    wrong = logits.scatter(1, labels[:, None], -torch.inf).argmax(1)
+    for whose, logit, classes in (("own", right_logit, labels), ("likeliest wrong", best_wrong_logit, wrong)):
+        _, slope = through(defended, labels, looks, draws=1, loss=logit)(images)
+        stuck = float(((slope == 0).flatten(1).all(1) & varies[classes]).float().mean())
+        if stuck > ZERO_SHARE:
+            found.append(f"the logit of the {whose} class has no gradient for {stuck:.0%} of the images")
     return found
 
 
@@ -148,6 +170,16 @@ def order_of_attacks(
     if surely_fewer(clean, best):
         found.append(f"attacked images do better ({left}) than clean ones ({_share(clean)})")
     return found
+
+
+def more_steps_leave_more(points: Sequence[tuple[int, Tensor]]) -> list[str]:
+    """The curve of accuracy against steps must not rise: `points` are steps and which images withstood them, (N,)."""
+    ordered = sorted(points, key=lambda point: point[0])
+    return [
+        f"{many} steps leave {_share(more)} right, {few} steps {_share(fewer)}"
+        for (few, fewer), (many, more) in itertools.pairwise(ordered)
+        if surely_fewer(fewer, more)
+    ]
 
 
 def surely_fewer(one: Tensor, other: Tensor) -> bool:

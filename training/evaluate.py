@@ -24,11 +24,12 @@ from models.bundle import MANIFEST
 from models.files import replace_text
 from models.manifest import Manifest, ZeroPurPreset
 from models.randomness import derive_seed, generator_for
-from training import credibility
 from training.attacks.looks import Looks
 from training.attacks.threats import Linf
 from training.config import EvaluateRecipe, RecipeError
+from training.credibility import NOT_ADAPTIVE
 from training.data import DataError, load_split
+from training.doubts import doubts
 from training.evaluation import Evaluation, clean_work, fitted, planned
 from training.forecast import forecast
 from training.pictures import Picture, pictures
@@ -42,12 +43,8 @@ from training.unseen import curve_points
 
 COST_BATCH = 32
 COST_REPEATS = 3
-HEALTH_IMAGES = 16
 PICTURES = 6
 AUTOATTACK_CLASSES = 4
-HEALTH_STEPS = 8
-COSTLY_HEALTH_IMAGES = 8
-COSTLY_HEALTH_STEPS = 4
 
 
 # --- one entry of the report
@@ -80,9 +77,17 @@ def measure(evaluation: Evaluation, subject: Subject) -> Entry:
     within = [attack.name for attack in attacks if attack.level != "L6" and attack.threat == same]
     compared = min([count, *(len(right[name]) for name in within)])
     survived = torch.stack([clean[0][:compared], *(right[name][:compared] for name in within)]).all(0)
-    reasons = [credibility.NOT_ADAPTIVE]
+    curved = curves(evaluation, subject)
+    reasons = [NOT_ADAPTIVE]
     if adaptive:
-        reasons = doubts(evaluation, subject, {name: right[name] for name in within}, levels, clean[0], compared)
+        reasons = doubts(
+            evaluation,
+            subject,
+            clean=clean[0],
+            right={name: right[name][:compared] for name in within},
+            levels=levels,
+            against_steps=[(int(steps), withstood) for steps, withstood in curved.get("steps", [])],
+        )
     cells: dict[str, dict[str, Any]] = {group: {} for group in ("grey_box", "adaptive", "unseen")}
     for attack in attacks:
         settings = {"settings": dict(attack.settings)} if attack.settings else {}
@@ -94,7 +99,10 @@ def measure(evaluation: Evaluation, subject: Subject) -> Entry:
     report = {
         "standard": binomial(float(clean.sum()) / draws, count),
         **cells,
-        "curves": curves(evaluation, subject),
+        "curves": {
+            axis: [{axis: value, **binomial(float(withstood.sum()), len(withstood))} for value, withstood in points]
+            for axis, points in curved.items()
+        },
         "worst_case": {**binomial(float(survived.sum()), compared), "over": ["clean", *within]} if adaptive else None,
         "credible": not reasons,
         "reasons": reasons,
@@ -103,9 +111,9 @@ def measure(evaluation: Evaluation, subject: Subject) -> Entry:
     return Entry(report, survived, {**({"standard": clean[0]} if draws == 1 else {}), **right})
 
 
-def curves(evaluation: Evaluation, subject: Subject) -> dict[str, list[dict[str, Any]]]:
-    """Accuracy against the eps, the steps and the draws of the full-gradient attack."""
-    found: dict[str, list[dict[str, Any]]] = {}
+def curves(evaluation: Evaluation, subject: Subject) -> dict[str, list[tuple[float, Tensor]]]:
+    """Which images withstand the full-gradient attack, (N,), at every eps, number of steps and number of draws."""
+    found = dict[str, list[tuple[float, Tensor]]]()
     if subject.name in evaluation.recipe.grey_box_only:
         return found
     for axis, points in curve_points(evaluation.planner(), subject).items():
@@ -114,49 +122,9 @@ def curves(evaluation: Evaluation, subject: Subject) -> dict[str, list[dict[str,
             for value, attack in points:
                 with tqdm(disable=True) as silent:
                     right = evaluation.withstood(subject, fitted(attack, len(evaluation.data)), silent)
-                found[axis].append({axis: value, **binomial(float(right.sum()), len(right))})
+                found[axis].append((value, right))
                 bar.update()
     return found
-
-
-def doubts(
-    evaluation: Evaluation,
-    subject: Subject,
-    right: Mapping[str, Tensor],
-    levels: Mapping[str, str],
-    clean: Tensor,
-    count: int,
-) -> list[str]:
-    """Why a robust accuracy is not to be believed; found once, then known. `clean` are all clean images asked about."""
-    began = time.monotonic()
-    few_enough, steps = HEALTH_IMAGES, HEALTH_STEPS
-    if subject.descends:
-        few_enough, steps = COSTLY_HEALTH_IMAGES, COSTLY_HEALTH_STEPS
-    of = {
-        **evaluation.identity,
-        **evaluation.chain(subject.name),
-        "health": {"images": few_enough, "steps": steps},
-        "doubts": {name: [levels[name], values[:count].int().tolist()] for name, values in right.items()},
-        "clean": clean.int().tolist(),
-    }
-    found = evaluation.progress.find(of)
-    if found is None:
-        seed, eps = derive_seed(evaluation.recipe.seed, "health"), evaluation.recipe.eps
-        few = evaluation.chosen(clean.nonzero().flatten()[:few_enough])
-        classes = len(evaluation.bundle.classes)
-        reasons = credibility.gradient_health(subject.defended, *few, classes=classes, seed=seed)
-        reasons += credibility.more_steps_help(subject.defended, *few, eps=eps, seed=seed, steps=steps)
-        noise = [
-            credibility.withstands_noise(subject.defended, some, own, eps=eps, seed=seed, first=numbers[0])
-            for numbers, some, own in evaluation.batches(count)
-        ]
-        same = {name: values[:count] for name, values in right.items()}
-        reasons += credibility.order_of_attacks(same, levels, clean=clean[:count], noise=torch.cat(noise))
-        wall_s = round(time.monotonic() - began, 3)
-        found = evaluation.progress.add(of, {"reasons": reasons, "wall_s": wall_s, "commit": evaluation.commit})
-    evaluation.used[found["key"]] = found
-    reasons_found: list[str] = found["reasons"]
-    return reasons_found
 
 
 def cost(evaluation: Evaluation, subject: Subject) -> float:

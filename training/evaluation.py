@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -84,6 +84,27 @@ class Evaluation:
         bundle, classes = self.bundle, len(self.bundle.classes)
         return Planner(bundle.classifier, recipe.effort, recipe.eps, recipe.seed, self.transfer, classes, bundle.aid)
 
+    def behind_the_gate(self, subject: Subject) -> Subject:
+        """For `auto` the strong chain, which most attacked images take; any other defense is itself."""
+        manifest = self.bundle.manifest
+        for name, preset in manifest.chain(subject.name):
+            settings = manifest.defenses.offered()[name].presets[preset]
+            if isinstance(settings, AutoPreset):
+                return Subject(settings.strong, self.bundle.defended(settings.strong))
+        return subject
+
+    def once(self, depends_on: Mapping[str, object], find: Callable[[], Mapping[str, object]]) -> dict[str, Any]:
+        """A finding: what an earlier run kept, or `find` now, timed and kept. All depend on `identity` too."""
+        of = {**self.identity, **depends_on}
+        found = self.progress.find(of)
+        if found is None:
+            began = time.monotonic()
+            finding = dict(find())
+            finding |= {"wall_s": round(time.monotonic() - began, 3), "commit": self.commit}
+            found = self.progress.add(of, finding)
+        self.used[found["key"]] = found
+        return found
+
     # --- one image after the other
 
     def batches(self, count: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
@@ -110,20 +131,18 @@ class Evaluation:
 
     def withstood(self, subject: Subject, attack: Attack, bar: tqdm[Any]) -> Tensor:
         """Which of the attack's images the defense still labels right, (attack.images,); found once, then known."""
+
+        def find(numbers: list[int], images: Tensor, labels: Tensor) -> dict[str, Any]:
+            adversarial = self.attacked(attack, images, labels, numbers)
+            unseen = self.verdict_seeds(numbers, attack.name)
+            seeds = attack.known_seeds(numbers) if attack.known_seeds else unseen
+            return {"right": self.right(subject, adversarial, labels, seeds).int().tolist()}
+
         parts = list[Tensor]()
-        for numbers, images, labels in self.batches(attack.images):
-            of = {**self.identity, **self.chain(subject.name), **key_of(attack), "images": [numbers[0], len(numbers)]}
-            found = self.progress.find(of)
-            if found is None:
-                began = time.monotonic()
-                adversarial = self.attacked(attack, images, labels, numbers)
-                unseen = self.verdict_seeds(numbers, attack.name)
-                seeds = attack.known_seeds(numbers) if attack.known_seeds else unseen
-                right = self.right(subject, adversarial, labels, seeds)
-                wall_s = round(time.monotonic() - began, 3)
-                finding = {"right": right.int().tolist(), "wall_s": wall_s, "commit": self.commit}
-                found = self.progress.add(of, finding)
-            self.used[found["key"]] = found
+        for batch in self.batches(attack.images):
+            numbers = batch[0]
+            of = {**self.chain(subject.name), **key_of(attack), "images": [numbers[0], len(numbers)]}
+            found = self.once(of, partial(find, *batch))
             parts.append(torch.tensor(found["right"], dtype=torch.bool))
             bar.update(len(numbers))
         return torch.cat(parts)
@@ -143,17 +162,16 @@ class Evaluation:
 
     def clean(self, subject: Subject, count: int, draws: int) -> Tensor:
         """Which clean images are labeled right, per draw, (draws, count)."""
+
+        def find(draw: int, numbers: list[int], images: Tensor, labels: Tensor) -> dict[str, Any]:
+            return {"right": self.right(subject, images, labels, self.verdict_seeds(numbers, draw)).int().tolist()}
+
         rows = list[Tensor]()
         for draw in range(draws):
             parts = list[Tensor]()
-            for numbers, images, labels in self.batches(count):
-                of = {**self.identity, **self.chain(subject.name), "clean": draw, "images": [numbers[0], len(numbers)]}
-                found = self.progress.find(of)
-                if found is None:
-                    right = self.right(subject, images, labels, self.verdict_seeds(numbers, draw))
-                    finding = {"right": right.int().tolist(), "wall_s": 0.0, "commit": self.commit}
-                    found = self.progress.add(of, finding)
-                self.used[found["key"]] = found
+            for batch in self.batches(count):
+                of = {**self.chain(subject.name), "clean": draw, "images": [batch[0][0], len(batch[0])]}
+                found = self.once(of, partial(find, draw, *batch))
                 parts.append(torch.tensor(found["right"], dtype=torch.bool))
             rows.append(torch.cat(parts))
         return torch.stack(rows)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from models.manifest import AutoPreset
 from models.packed import MAX_PACKED_BATCH
 from training.attacks.gradients import through
 from training.attacks.looks import Looks
@@ -25,7 +24,7 @@ def forecast(evaluation: Evaluation, subjects: Sequence[Subject]) -> str:
     total, made = 0.0, set[str]()
     bare = unit_times(evaluation, subjects[0]).gradient
     for subject in subjects:
-        times, seconds = unit_times(evaluation, behind_the_gate(evaluation, subject)), dict.fromkeys(levels, 0.0)
+        times, seconds = unit_times(evaluation, evaluation.behind_the_gate(subject)), dict.fromkeys(levels, 0.0)
         count, draws = clean_work(evaluation, subject)
         seconds["L0"] = count * draws * times.answer
         curved = {} if subject.name in evaluation.recipe.grey_box_only else curve_points(evaluation.planner(), subject)
@@ -40,16 +39,6 @@ def forecast(evaluation: Evaluation, subjects: Sequence[Subject]) -> str:
         cells = [*seconds.values(), sum(seconds.values())]
         lines.append(f"{subject.name:<18}" + "".join(f"{value / 60:>8.1f}" for value in cells))
     return "\n".join([*lines, f"In all about {total / 60:.0f} minutes."])
-
-
-def behind_the_gate(evaluation: Evaluation, subject: Subject) -> Subject:
-    """For `auto` the strong chain, which most attacked images take; any other defense is itself."""
-    manifest = evaluation.bundle.manifest
-    for name, preset in manifest.chain(subject.name):
-        settings = manifest.defenses.offered()[name].presets[preset]
-        if isinstance(settings, AutoPreset):
-            return Subject(settings.strong, evaluation.bundle.defended(settings.strong))
-    return subject
 
 
 @dataclass(frozen=True)

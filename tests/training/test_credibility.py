@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from models.classifiers import Classifier
 from models.defense import DefendedClassifier
 from models.randomness import normal
+from tests.fakes import smooth_classifier
 from tests.networks import SIZE, sensitive, tiny_bundle, tiny_classifier
 from training.credibility import (
     exact_loss,
     gradient_health,
     more_steps_help,
+    more_steps_leave_more,
     order_of_attacks,
     surely_fewer,
     withstands_noise,
@@ -110,15 +112,20 @@ class Misleading(Purifier):
         return moved
 
 
-class ClippedLogits(nn.Module):
+class Clipped(nn.Module):
+    """Logits that leave no [-limit, limit], multiplied before."""
+
+    def __init__(self, limit: float, factor: float) -> None:
+        super().__init__()
+        self.limit, self.factor = limit, factor
+
     def forward(self, logits: Tensor) -> Tensor:
-        return (1e3 * (logits - logits.mean(1, keepdim=True))).clamp(-1, 1)
+        return (self.factor * logits).clamp(-self.limit, self.limit)
 
 
-def clipped() -> DefendedClassifier:
-    whole = classifier_of()
-    stages = dict(whole.stages.items())
-    stages["head"] = nn.Sequential(stages["head"], ClippedLogits())
+def clipped(limit: float, factor: float = 1.0) -> DefendedClassifier:
+    stages = dict(smooth_classifier(4).stages.items())
+    stages["head"] = nn.Sequential(stages["head"], Clipped(limit, factor))
     return DefendedClassifier(Classifier(stages).eval().requires_grad_(False), [])
 
 
@@ -155,8 +162,23 @@ def test_too_few_images_are_no_evidence_of_a_sound_gradient() -> None:
     assert gradient_health(defended, IMAGES[:7], labels[:7], classes=4, seed=0) == []
 
 
-def test_clipped_logits_are_found_out() -> None:
-    assert "input gradients are exactly zero" in said_of(clipped())
+def test_logits_that_are_all_clipped_leave_no_gradient() -> None:
+    assert "input gradients are exactly zero" in said_of(clipped(1.0, factor=1e6))
+
+
+@pytest.mark.parametrize("quantile", [0.1, 0.5, 0.9])
+def test_logits_that_are_clipped_at_the_top_are_found_out(quantile: float) -> None:
+    """The loss still has a gradient, by way of the other logits: only those that decide tell."""
+    largest = smooth_classifier(4)(IMAGES).detach().amax(1)
+    limit = float(largest.quantile(quantile))
+    said = said_of(clipped(limit))
+    reached = float((largest > limit).float().mean())
+    assert f"the logit of the own class has no gradient for {reached:.0%} of the images" in said
+    assert "input gradients are exactly zero" not in said
+
+
+def test_a_clip_that_no_logit_reaches_is_no_reason_to_doubt() -> None:
+    assert "no gradient" not in said_of(clipped(1.0))
 
 
 def test_an_attack_without_bounds_must_win() -> None:
@@ -209,6 +231,13 @@ def test_noise_and_clean_images_must_not_be_harder_than_attacks() -> None:
 
 def test_without_an_attack_that_knows_the_defense_there_is_no_evidence() -> None:
     assert said_of_order({"pgd20": withstood(70)}) == ["no attack that knows the defense was run"]
+
+
+def test_more_steps_must_not_leave_more() -> None:
+    curve = [(20, withstood(50)), (1, withstood(80)), (5, withstood(30))]
+    assert more_steps_leave_more(curve) == ["20 steps leave 50% right, 5 steps 30%"]
+    assert more_steps_leave_more([(1, withstood(80)), (5, withstood(30)), (20, withstood(33))]) == []  # chance
+    assert more_steps_leave_more([]) == []
 
 
 def test_noise_is_as_large_as_the_budget() -> None:

@@ -3,8 +3,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
-from collections.abc import Sequence
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +24,7 @@ from models import Bundle, Manifest, load_bundle, save_bundle
 from models.classifiers import Classifier
 from models.defense import DefendedClassifier
 from models.manifest import ClassifierSpec, Defenses
-from models.randomness import derive_seed
+from models.randomness import derive_seed, normal
 from tests.fakes import color_classifier, linear_classifier, linear_problem, smooth_classifier
 from tests.networks import with_auto
 from tests.training.tiny import CLASSES, RECIPES, SIDE, Workshop, color_set
@@ -30,13 +35,15 @@ from training.config import EvaluateRecipe, RecipeError
 from training.data import ImageSet
 from training.evaluate import Entry, aid_scores, cost, evaluate, measure, with_variants
 from training.evaluation import Evaluation, every_level, head
-from training.forecast import UnitTimes, behind_the_gate, forecast, unit_times
+from training.forecast import UnitTimes, forecast, unit_times
 from training.plan import Planner
 from training.progress import Progress
 from training.report import below, table
 from training.statistics import auroc, binomial, detection, paired
 from training.subject import Subject
 from training.unseen import requested
+
+ROOT = Path(__file__).parents[2]
 
 
 def recipe_with(**changes: Any) -> EvaluateRecipe:
@@ -84,16 +91,85 @@ class Detached(nn.Module):
         return images.detach()
 
 
-def test_a_defense_without_a_gradient_is_measured_and_called_not_credible(finished: Workshop, tmp_path: Path) -> None:
-    bundle = load_bundle(finished.bundle)
-    evaluation = evaluation_of(bundle, color_set(20), tmp_path)
-    broken = Subject("atop", DefendedClassifier(bundle.classifier, [Detached()]))
+class CalmWhenAttacked(nn.Module):
+    """A purifier that draws while it is judged, and not while somebody wants its gradient."""
 
-    report = measure(evaluation, broken).report
+    is_random = True
+
+    def forward(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        if torch.is_grad_enabled():
+            return images
+        return (images + 0.05 * normal(seeds, images.shape[1:], images.device)).clamp(0, 1)
+
+
+class Clipped(nn.Module):
+    """Logits that leave no [-limit, limit]."""
+
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits.clamp(-self.limit, self.limit)
+
+
+def without_gradient(classifier: Classifier, images: Tensor) -> DefendedClassifier:
+    return DefendedClassifier(classifier, [Detached()])
+
+
+def calm_when_attacked(classifier: Classifier, images: Tensor) -> DefendedClassifier:
+    return DefendedClassifier(classifier, [CalmWhenAttacked()])
+
+
+def clipped(classifier: Classifier, images: Tensor) -> DefendedClassifier:
+    """At what half of the images' largest logits reach."""
+    with torch.no_grad():
+        limit = float(classifier(images).amax(1).median())
+    stages = dict(classifier.stages.items())
+    stages["head"] = nn.Sequential(stages["head"], Clipped(limit))
+    return DefendedClassifier(Classifier(stages).eval(), [])
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        (without_gradient, "100% of the input gradients are exactly zero"),
+        (calm_when_attacked, "it answers differently while it is attacked and while it is judged"),
+        (clipped, "the logit of the own class has no gradient for "),
+    ],
+)
+def test_a_broken_defense_is_measured_and_called_not_credible(
+    broken: Callable[[Classifier, Tensor], DefendedClassifier], reason: str, tmp_path: Path
+) -> None:
+    bundle, data = bundle_of(smooth_classifier()), color_set(20)
+    with torch.no_grad():
+        labels = bundle.classifier(data.images / 255).argmax(1)
+    data = replace(data, labels=labels)
+    assert entry_of(evaluation_of(bundle, data, tmp_path / "sound")).report["credible"]
+
+    defended = broken(bundle.classifier, data.images / 255)
+    report = measure(evaluation_of(bundle, data, tmp_path / "broken"), Subject("none", defended)).report
 
     assert report["worst_case"]["n"] > 0
     assert not report["credible"]
-    assert "100% of the input gradients are exactly zero" in report["reasons"]
+    assert any(reason in said for said in report["reasons"])
+
+
+def test_what_is_wrong_behind_the_gate_is_said_of_the_gate(
+    finished: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clean images pass the gate: looked at through it alone, no defense behind it would be doubted."""
+    bundle, data = load_bundle(finished.bundle), color_set(20)
+    reason = "zeropur, behind the gate: 100% of the input gradients are exactly zero"
+    sound = entry_of(evaluation_of(bundle, data, tmp_path / "sound", budget={"costly_images": 20}), "auto")
+    assert reason not in sound.report["reasons"]
+
+    broken, defended = DefendedClassifier(bundle.classifier, [Detached()]), bundle.defended
+    monkeypatch.setattr(bundle, "defended", lambda name, **how: broken if name == "zeropur" else defended(name, **how))
+    doubted = entry_of(evaluation_of(bundle, data, tmp_path / "broken", budget={"costly_images": 20}), "auto")
+
+    assert reason in doubted.report["reasons"]
+    assert not doubted.report["credible"]
 
 
 def test_the_accuracy_of_a_classifier_with_known_answers_is_right(tmp_path: Path) -> None:
@@ -280,6 +356,45 @@ def test_what_was_found_is_not_measured_again(
     assert again.report == first.report
     with pytest.raises(RuntimeError, match="it ran again"):
         entry_of(evaluation_of(bundle, data, tmp_path, seed=5), "aid")
+
+
+@pytest.mark.slow
+def test_a_process_killed_in_the_middle_of_an_evaluation_gives_the_same_report_in_the_end(
+    finished: Workshop, tmp_path: Path
+) -> None:
+    whole = process(finished, tmp_path / "whole")
+    assert whole.wait() == 0
+
+    killed, findings = process(finished, tmp_path / "killed"), tmp_path / "killed/evaluations/colors-1/findings.jsonl"
+    while not findings.exists() or len(findings.read_text().splitlines()) < 20:
+        assert killed.poll() is None
+        time.sleep(0.001)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    found = findings.read_text().splitlines()[:-1]
+    assert process(finished, tmp_path / "killed").wait() == 0
+
+    lines = findings.read_text().splitlines()
+    assert lines[: len(found)] == found  # none was measured again
+    keys = [json.loads(line)["key"] for line in lines]
+    assert len(set(keys)) == len(keys)
+    reports = []
+    for runs in ("whole", "killed"):
+        (path,) = (tmp_path / runs / "evaluations" / "colors-1").glob("*.json")
+        report = json.loads(path.read_text())
+        for entry in [report["undefended"], *report["defenses"].values()]:
+            del entry["cost"]  # a time
+        del report["recipe"]
+        reports.append(report)
+    assert reports[0] == reports[1]
+
+
+def process(workshop: Workshop, runs: Path) -> subprocess.Popen[bytes]:
+    """An evaluation that leaves the bundle alone; one thread, so that sums are added in the same order."""
+    line = [*workshop.arguments("evaluate"), "--keep-report"]
+    line[line.index("--runs") + 1] = str(runs)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", "training", *line], cwd=ROOT, env=environment)
 
 
 def test_a_defense_is_known_by_its_settings_and_by_what_stands_behind_a_gate(
@@ -739,7 +854,7 @@ def test_a_gate_is_forecast_by_what_attacked_images_take(finished: Workshop, tmp
     assert preset.cheap == "none"
     expected = {"auto": preset.strong, "atop:rt3": "atop:rt3", "none": "none"}
     for name, timed in expected.items():
-        assert behind_the_gate(evaluation, Subject(name, bundle.defended(name))).name == timed
+        assert evaluation.behind_the_gate(Subject(name, bundle.defended(name))).name == timed
 
 
 def test_without_names_every_defense_of_the_bundle_is_measured(finished: Workshop, tmp_path: Path) -> None:

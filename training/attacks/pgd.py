@@ -29,12 +29,19 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
+def right_logit(logits: Tensor, labels: Tensor) -> Tensor:
+    """The logit of every image's own class, (N,)."""
+    return logits.float().gather(1, labels[:, None]).squeeze(1)
+
+
+def best_wrong_logit(logits: Tensor, labels: Tensor) -> Tensor:
+    """The largest logit of another class, (N,)."""
+    return logits.float().scatter(1, labels[:, None], -torch.inf).amax(1)
+
+
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
     """The best wrong logit minus the right one, (N,): positive where the image is misclassified (Carlini & Wagner)."""
-    logits = logits.float()
-    right = logits.gather(1, labels[:, None]).squeeze(1)
-    wrong = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
-    return wrong - right
+    return best_wrong_logit(logits, labels) - right_logit(logits, labels)
 
 
 def differentiated(function: Callable[[Tensor], Tensor]) -> Objective:
