@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from models.bundle import Bundle
 from models.classifiers import Classifier
+from models.manifest import ClassifierSpec, Defenses, Manifest
 
 
 def linear_classifier(weight: Tensor, bias: Tensor) -> Classifier:
@@ -65,3 +68,17 @@ def linear_problem(count: int = 8, side: int = 4, margin: float = 0.05) -> Linea
         torch.stack([torch.zeros_like(w), w]), torch.stack([torch.tensor(0.0), -w.sum() / 2])
     )
     return LinearProblem(classifier, images.view(count, 3, side, side), labels, margin)
+
+
+def bare_bundle(classifier: Classifier, classes: Sequence[str], side: int) -> Bundle:
+    """A bundle that offers no defense."""
+    manifest = Manifest(
+        name="plain",
+        version="1",
+        classes=tuple(classes),
+        input_size=(side, side),
+        classifier=ClassifierSpec(architecture="none"),
+        defenses=Defenses(),
+        default_defense="none",
+    )
+    return Bundle(manifest, classifier)

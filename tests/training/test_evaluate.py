@@ -23,9 +23,9 @@ from tqdm import tqdm
 from models import Bundle, Manifest, load_bundle, save_bundle
 from models.classifiers import Classifier
 from models.defense import DefendedClassifier
-from models.manifest import ClassifierSpec, Defenses
+from models.manifest import Defenses
 from models.randomness import derive_seed, normal
-from tests.fakes import color_classifier, linear_classifier, linear_problem, smooth_classifier
+from tests.fakes import bare_bundle, color_classifier, linear_classifier, linear_problem, smooth_classifier
 from tests.networks import with_auto
 from tests.training.tiny import CLASSES, RECIPES, SIDE, Workshop, color_set
 from training.__main__ import main
@@ -50,20 +50,6 @@ def recipe_with(**changes: Any) -> EvaluateRecipe:
     """The tiny recipe; `budget` changes are those of its parts."""
     budget = {**RECIPES["evaluate"]["budget"], **changes.pop("budget", {})}
     return EvaluateRecipe.model_validate({**RECIPES["evaluate"], "budget": budget, **changes})
-
-
-def bundle_of(classifier: Classifier, classes: tuple[str, ...] = CLASSES, side: int = SIDE) -> Bundle:
-    """A bundle that offers no defense."""
-    manifest = Manifest(
-        name="plain",
-        version="1",
-        classes=classes,
-        input_size=(side, side),
-        classifier=ClassifierSpec(architecture="none"),
-        defenses=Defenses(),
-        default_defense="none",
-    )
-    return Bundle(manifest, classifier)
 
 
 def evaluation_of(bundle: Bundle, data: ImageSet, folder: Path, **changes: Any) -> Evaluation:
@@ -141,7 +127,7 @@ def clipped(classifier: Classifier, images: Tensor) -> DefendedClassifier:
 def test_a_broken_defense_is_measured_and_called_not_credible(
     broken: Callable[[Classifier, Tensor], DefendedClassifier], reason: str, tmp_path: Path
 ) -> None:
-    bundle, data = bundle_of(smooth_classifier()), color_set(20)
+    bundle, data = bare_bundle(smooth_classifier(), CLASSES, SIDE), color_set(20)
     with torch.no_grad():
         labels = bundle.classifier(data.images / 255).argmax(1)
     data = replace(data, labels=labels)
@@ -176,7 +162,7 @@ def test_the_accuracy_of_a_classifier_with_known_answers_is_right(tmp_path: Path
     data = color_set(20)
     labels = torch.cat([data.labels[:13], (data.labels[13:] + 1) % 3])
     known = ImageSet(data.images, labels, CLASSES)
-    found = entry_of(evaluation_of(bundle_of(color_classifier()), known, tmp_path)).report["standard"]
+    found = entry_of(evaluation_of(bare_bundle(color_classifier(), CLASSES, SIDE), known, tmp_path)).report["standard"]
     assert (found["accuracy"], found["n"]) == (0.65, 20)
 
 
@@ -243,7 +229,7 @@ def test_every_accuracy_breaks_down_where_the_margin_ends(share: float, robust: 
     effort = {**RECIPES["evaluate"]["budget"]["one_pass"], "images": 12, "full_steps": 12, "apgd_steps": 12}
     budget = {"grey_box": ["fgsm", "pgd30", "mim", "deepfool"], "one_pass": effort}
     data = ImageSet(problem.images, problem.labels, ("no", "yes", "never"))
-    evaluation = evaluation_of(bundle_of(classifier, data.classes), data, tmp_path, eps=eps, budget=budget)
+    evaluation = evaluation_of(bare_bundle(classifier, data.classes, SIDE), data, tmp_path, eps=eps, budget=budget)
 
     found = entry_of(evaluation).report
 
@@ -300,7 +286,7 @@ def test_an_attack_without_a_bound_stays_out_of_the_worst_case(finished: Worksho
 
 
 def test_an_attack_that_leaves_its_budget_is_not_reported(tmp_path: Path) -> None:
-    evaluation = evaluation_of(bundle_of(smooth_classifier()), color_set(4), tmp_path)
+    evaluation = evaluation_of(bare_bundle(smooth_classifier(), CLASSES, SIDE), color_set(4), tmp_path)
     (fgsm, *_) = evaluation.planner().grey_box(Subject("none", evaluation.bundle.defended("none")))
     far = replace(fgsm, run=lambda images, labels, numbers: (images + 0.1).clamp(0, 1))
     with pytest.raises(AssertionError, match="fgsm left its budget"):
@@ -439,7 +425,7 @@ def test_the_scores_are_those_of_clean_and_of_grey_box_images(finished: Workshop
     expected = torch.cat([bundle.aid_score(images) for _, images, _ in evaluation.batches(10)])
     assert torch.equal(scores["clean"], expected)
     assert not torch.equal(scores["fgsm"], expected)
-    assert aid_scores(evaluation_of(bundle_of(color_classifier()), color_set(4), tmp_path)) == {}
+    assert aid_scores(evaluation_of(bare_bundle(color_classifier(), CLASSES, SIDE), color_set(4), tmp_path)) == {}
 
 
 def test_detection_counts_what_scores_below_the_threshold() -> None:
@@ -666,7 +652,7 @@ def test_variants_that_make_no_preset_are_refused(
     with pytest.raises(RecipeError, match=reason):
         with_variants(load_bundle(finished.bundle).manifest, variants)
     with pytest.raises(RecipeError, match="a bundle that offers zeropur"):
-        with_variants(bundle_of(color_classifier()).manifest, variants)
+        with_variants(bare_bundle(color_classifier(), CLASSES, SIDE).manifest, variants)
 
 
 def test_a_report_with_variants_or_further_attacks_is_not_written_into_the_bundle(

@@ -31,7 +31,7 @@ def stadv(
     """Adam on a flow field, whose entries stay within `bound` of the width and height [-1, 1] of the image.
 
     The loss is that of Carlini & Wagner plus a penalty on neighbors that move apart; with randomness it is the mean of
-    `draws` looks. An image keeps the flow of its largest margin.
+    `draws` looks. An image keeps the flow of its largest margin. Raises AssertionError if a flow leaves the bound.
     """
     draws, enough = draws if defended.is_random else 1, confidence(defended)
     count, _, height, width = images.shape
@@ -40,7 +40,7 @@ def stadv(
     start = bound * (2 * torch.rand(count, height, width, 2, generator=generator) - 1) / 10
     flow = start.to(images.device).requires_grad_()
     optimizer = torch.optim.Adam([flow], lr=step_size)
-    best, largest = images, torch.full((count,), -torch.inf, device=images.device)
+    best, largest = torch.zeros_like(flow), torch.full((count,), -torch.inf, device=images.device)
     for _ in range(steps):
         with torch.enable_grad():
             moved = bent(images, straight, flow)
@@ -49,12 +49,14 @@ def stadv(
             loss = (-margins.clamp(max=enough) + FLOW_PENALTY * unevenness(flow)).sum()
         (flow.grad,) = torch.autograd.grad(loss, [flow])
         better = margins.detach() > largest
-        best = torch.where(better.view(-1, 1, 1, 1), moved.detach(), best)
+        best = torch.where(better.view(-1, 1, 1, 1), flow.detach(), best)
         largest = torch.maximum(largest, margins.detach())
         optimizer.step()
         with torch.no_grad():
             flow.clamp_(-bound, bound)
-    return best
+    assert bool((best.abs() <= bound).all()), "stadv moves a pixel further than its bound"
+    with torch.no_grad():
+        return bent(images, straight, best)
 
 
 def confidence(defended: DefendedClassifier) -> float:
