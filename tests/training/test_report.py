@@ -14,13 +14,17 @@ import pytest
 import torch
 from PIL import Image
 
-from models import transforms
+from models import load_bundle, transforms
 from models.atop import AtopPurifier
 from tests.networks import SIZE, tiny_bundle
 from tests.training.tiny import Workshop
 from training.attacks.looks import Looks
+from training.budgets import BUDGETS
+from training.evaluation import every_level
 from training.pictures import data_url, magnified, pictures
-from training.report import curve, histogram, page
+from training.plan import Planner
+from training.report import better_attacked, curve, histogram, page, what_it_does
+from training.subject import Subject
 
 
 def report_of(workshop: Workshop) -> dict[str, Any]:
@@ -128,6 +132,31 @@ def test_curves_are_drawn_for_the_rows_that_have_them() -> None:
     assert drawn == curve(rows, "eps")
     averaged = curve({"one": row_with({"draws": [{"draws": 1, **point}, {"draws": 20, **point}]})}, "draws")
     assert "draws that the gradient is the mean of" in averaged
+
+
+def test_every_attack_is_explained(finished: Workshop) -> None:
+    bundle = load_bundle(finished.bundle)
+    names = ("fgsm", "pgd20", "mim", "deepfool", "cw", "di2", "pgd_l2", "autoattack")
+    budget = BUDGETS["paper"].model_copy(update={"grey_box": names})
+    planner = Planner(bundle.classifier, budget, 8 / 255, 0, {"other@1": bundle}, 10, bundle.aid)
+    for defense in ("none", "atop", "aid", "zeropur", "auto"):
+        for attack in every_level(planner, Subject(defense, bundle.defended(defense))):
+            assert what_it_does(attack.name), attack.name
+    assert what_it_does("pgd20") != what_it_does("pgd_l2")
+    assert what_it_does("named_by_a_recipe") == ""
+
+
+def test_a_defense_that_reads_attacked_images_better_than_clean_ones_is_explained(finished: Workshop) -> None:
+    report = report_of(finished)
+    row = report["defenses"]["zeropur"]
+    row["standard"] = {"accuracy": 0.2, "interval": [0.15, 0.25], "n": 256}
+    row["grey_box"]["fgsm"] |= {"accuracy": 0.28, "interval": [0.23, 0.33]}
+    row["grey_box"]["pgd3"] |= {"accuracy": 0.22, "interval": [0.18, 0.27]}
+    assert better_attacked(row) == ""  # chance explains it
+    row["grey_box"]["pgd3"] |= {"accuracy": 0.6, "interval": [0.55, 0.65]}
+    assert better_attacked(row) == "pgd3"
+    assert "zeropur reads images of pgd3 better (60.0) than clean ones (20.0)" in page(report, {}, {})
+    assert better_attacked({"grey_box": {}, "standard": row["standard"]}) == ""
 
 
 def test_the_histogram_names_what_it_shows() -> None:
