@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
             print(*unpack(options.bundle, options.runs), sep="\n")
             return 0
-        instead = {name: getattr(options, name, None) for name in ("budget", "defenses")}
+        instead = {name: getattr(options, name, None) for name in ("budget", "defenses", "transfer_from")}
         if instead["defenses"]:
             instead["grey_box_only"] = ()
         recipe = recipe_for(options, instead)
@@ -101,6 +101,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             command.add_argument("--budget", choices=list(BUDGETS), help="instead of the recipe's")
             command.add_argument(
                 "--defense", action="append", dest="defenses", help="instead of the recipe's; repeatable"
+            )
+            command.add_argument(
+                "--transfer-from",
+                action="append",
+                metavar="BUNDLE",
+                help="another bundle on disk, whose classifier's adversarial images are tried too; repeatable",
             )
             command.add_argument("--keep-report", action="store_true", help="leave the bundle's report.json as it is")
             command.add_argument(
@@ -177,12 +183,18 @@ def run_command(recipe: Strict, options: argparse.Namespace) -> str:
 def typed(options: argparse.Namespace) -> str:
     """The `evaluate` command with these options, for a report that others read: without this machine's folders."""
     paths = {"--recipe": options.recipe, "--bundle": options.bundle}
-    parts = [f"{name} {path.name if path.is_absolute() else path}" for name, path in paths.items() if path is not None]
+    parts = [f"{name} {folderless(path)}" for name, path in paths.items() if path is not None]
     parts += ["--data FOLDER"] if options.data is not None else []
     parts += [f"--budget {options.budget}"] if options.budget is not None else []
     parts += [f"--defense {defense}" for defense in options.defenses or ()]
+    parts += [f"--transfer-from {folderless(Path(bundle))}" for bundle in options.transfer_from or ()]
     parts += ["--keep-report"] if options.keep_report else []
     return " ".join(["python -m training evaluate", *parts])
+
+
+def folderless(path: Path) -> str:
+    """The path as it was typed if it is relative, else its name."""
+    return path.name if path.is_absolute() else str(path)
 
 
 def train(recipe: Strict, runs: Path, device: torch.device) -> dict[str, Any]:

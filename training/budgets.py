@@ -8,8 +8,8 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from models.manifest import Strict
 
-GreyBoxName = Annotated[str, Field(pattern=r"^(fgsm|pgd[1-9][0-9]{0,3}|mim|deepfool|cw|di2|pgd_l2|autoattack)$")]
-"""An attack on the classifier alone; `pgd` takes its number of steps."""
+GreyBoxName = Annotated[str, Field(pattern=r"^(fgsm|pgd[1-9][0-9]{0,3}(_l2)?|pgd_l2|mim|deepfool|cw|di2|autoattack)$")]
+"""An attack on the classifier alone; `pgd20` and `pgd20_l2` have their number of steps, `pgd_l2` is the latter."""
 BudgetName = Literal["quick", "standard", "paper"]
 
 

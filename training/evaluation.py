@@ -207,9 +207,12 @@ def planned(evaluation: Evaluation, subject: Subject) -> list[Attack]:
 
 
 def clean_work(evaluation: Evaluation, subject: Subject) -> tuple[int, int]:
-    """How many clean images a defense is asked about, and how many times each."""
-    budget = evaluation.recipe.effort
-    count = budget.costly_images if subject.descends else budget.clean_images
+    """How many clean images a defense is asked about, and how many times each.
+
+    `auto` is asked about as many as a defense of one pass: few of them cost it more than a look at the gate.
+    """
+    budget, gated = evaluation.recipe.effort, evaluation.behind_the_gate(subject) is not subject
+    count = budget.costly_images if subject.descends and not gated else budget.clean_images
     return min(count, len(evaluation.data)), budget.clean_draws if subject.defended.is_random else 1
 
 

@@ -24,9 +24,11 @@ def forecast(evaluation: Evaluation, subjects: Sequence[Subject]) -> str:
     total, made = 0.0, set[str]()
     bare = unit_times(evaluation, subjects[0]).gradient
     for subject in subjects:
-        times, seconds = unit_times(evaluation, evaluation.behind_the_gate(subject)), dict.fromkeys(levels, 0.0)
+        strong, seconds = evaluation.behind_the_gate(subject), dict.fromkeys(levels, 0.0)
+        times = unit_times(evaluation, strong)
+        clean = times if strong is subject else unit_times(evaluation, subject)
         count, draws = clean_work(evaluation, subject)
-        seconds["L0"] = count * draws * times.answer
+        seconds["L0"] = count * draws * clean.answer
         curved = {} if subject.name in evaluation.recipe.grey_box_only else curve_points(evaluation.planner(), subject)
         points = [fitted(attack, len(evaluation.data)) for axis in curved.values() for _, attack in axis]
         attacks = {str(key_of(attack)): attack for attack in (*planned(evaluation, subject), *points)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from training.attacks.threats import L2, Linf, Threat
 
 PGD_STEP = 1 / 4
 """Of eps: 2/255 at 8/255, as in AToP and ZeroPur. AID has 1/255."""
-L2_EPS, L2_STEP = 0.5, 0.05
+L2_EPS, L2_STEP, L2_STEPS = 0.5, 0.05, 20
 DI2_STEPS = 10
 CW_STEPS = 100
 AUTOATTACK_PASSES = 1000
@@ -40,7 +41,7 @@ class GreyBox:
 
 
 def attack(name: str, classifier: Classifier, *, eps: float, seed: int) -> GreyBox:
-    """The attack of that name (a `GreyBoxName`), l-inf bound `eps` but for `pgd_l2` (0.5 in l2) and `cw` (no bound)."""
+    """The attack of that name (a `GreyBoxName`): l-inf bound `eps`, `pgdN_l2` 0.5 in l2, `cw` without a bound."""
     threat, step_size = Linf(eps), PGD_STEP * eps
 
     def seeded(numbers: Sequence[int]) -> None:
@@ -49,14 +50,13 @@ def attack(name: str, classifier: Classifier, *, eps: float, seed: int) -> GreyB
     def fgsm(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
         return by_foolbox.foolbox_fgsm(classifier, images, labels, eps=eps)
 
-    def pgd(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
+    def pgd(steps: int, images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
         seeded(numbers)
-        steps = int(name.removeprefix("pgd"))
         return by_foolbox.foolbox_pgd(classifier, images, labels, eps=eps, steps=steps, step_size=step_size)
 
-    def pgd_l2(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
+    def pgd_l2(steps: int, images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
         seeded(numbers)
-        return by_foolbox.foolbox_pgd_l2(classifier, images, labels, eps=L2_EPS, steps=20, step_size=L2_STEP)
+        return by_foolbox.foolbox_pgd_l2(classifier, images, labels, eps=L2_EPS, steps=steps, step_size=L2_STEP)
 
     def mim(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
         return by_foolbox.foolbox_mim(classifier, images, labels, eps=eps)
@@ -81,10 +81,12 @@ def attack(name: str, classifier: Classifier, *, eps: float, seed: int) -> GreyB
         "deepfool": GreyBox(deepfool, threat, 20 * 10, {"steps": 20}),
         "cw": GreyBox(cw, None, CW_STEPS, {"steps": CW_STEPS, "step_size": 0.01, "c": 1.0}),
         "di2": GreyBox(di2, threat, DI2_STEPS, {"steps": DI2_STEPS, "step_size": eps / 8}),
-        "pgd_l2": GreyBox(pgd_l2, L2(L2_EPS), 20, {"eps": L2_EPS, "steps": 20, "step_size": L2_STEP}),
         "autoattack": GreyBox(autoattack, threat, AUTOATTACK_PASSES, {"version": "standard"}),
     }
     if name in known:
         return known[name]
-    steps = int(name.removeprefix("pgd"))
-    return GreyBox(pgd, threat, steps, {"steps": steps, "step_size": step_size})
+    steps = int(name.removeprefix("pgd").removesuffix("_l2") or L2_STEPS)
+    if name.endswith("_l2"):
+        settings = {"eps": L2_EPS, "steps": steps, "step_size": L2_STEP}
+        return GreyBox(partial(pgd_l2, steps), L2(L2_EPS), steps, settings)
+    return GreyBox(partial(pgd, steps), threat, steps, {"steps": steps, "step_size": step_size})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ def attacks(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 def what_it_does(attack: str) -> str:
     """A line on an attack, by the longest beginning of its name that is known; "" for one that a recipe named."""
+    attack = re.sub(r"^pgd\d+_l2$", "pgd_l2", attack)
     known = [name for name in WHAT_IT_DOES if attack.startswith(name)]
     return WHAT_IT_DOES[max(known, key=len)] if known else ""
 

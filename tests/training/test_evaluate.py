@@ -34,7 +34,7 @@ from training.budgets import BUDGETS, BudgetName, Effort, FurtherAttack
 from training.config import EvaluateRecipe, RecipeError
 from training.data import ImageSet
 from training.evaluate import Entry, aid_scores, cost, evaluate, measure, with_variants
-from training.evaluation import Evaluation, every_level, head
+from training.evaluation import Evaluation, clean_work, every_level, head
 from training.forecast import UnitTimes, forecast, unit_times
 from training.plan import Planner
 from training.progress import Progress
@@ -841,6 +841,13 @@ def test_a_gate_is_forecast_by_what_attacked_images_take(finished: Workshop, tmp
     expected = {"auto": preset.strong, "atop:rt3": "atop:rt3", "none": "none"}
     for name, timed in expected.items():
         assert evaluation.behind_the_gate(Subject(name, bundle.defended(name))).name == timed
+
+
+def test_of_auto_as_many_clean_images_are_asked_as_of_a_cheap_defense(finished: Workshop, tmp_path: Path) -> None:
+    bundle = load_bundle(finished.bundle)
+    evaluation = evaluation_of(bundle, color_set(24), tmp_path)
+    asked = {name: clean_work(evaluation, Subject(name, bundle.defended(name))) for name in ("atop", "auto", "zeropur")}
+    assert asked == {"atop": (20, 2), "auto": (20, 1), "zeropur": (6, 1)}
 
 
 def test_without_names_every_defense_of_the_bundle_is_measured(finished: Workshop, tmp_path: Path) -> None:

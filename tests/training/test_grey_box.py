@@ -13,7 +13,9 @@ from training.budgets import GreyBoxName
 IMAGES = 0.2 + 0.6 * torch.rand(6, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("name", ["fgsm", "pgd3", "pgd20", "mim", "deepfool", "cw", "di2", "pgd_l2", "autoattack"])
+@pytest.mark.parametrize(
+    "name", ["fgsm", "pgd3", "pgd20", "mim", "deepfool", "cw", "di2", "pgd_l2", "pgd5_l2", "autoattack"]
+)
 def test_every_attack_repeats_keeps_to_its_threat_and_raises_the_loss(name: str) -> None:
     classifier = sensitive(tiny_classifier(), IMAGES)
     labels = classifier(IMAGES).argmax(1)
@@ -34,14 +36,18 @@ def test_every_attack_repeats_keeps_to_its_threat_and_raises_the_loss(name: str)
 
 def test_the_name_of_pgd_has_its_steps() -> None:
     classifier = tiny_classifier()
-    assert [grey_box.attack(f"pgd{n}", classifier, eps=0.1, seed=0).settings["steps"] for n in (1, 20, 1000)] == [
-        1,
-        20,
-        1000,
-    ]
+    for norm in ("", "_l2"):
+        attacks = [grey_box.attack(f"pgd{n}{norm}", classifier, eps=0.1, seed=0) for n in (1, 20, 1000)]
+        assert [attack.settings["steps"] for attack in attacks] == [1, 20, 1000]
+        assert [attack.passes for attack in attacks] == [1, 20, 1000]
+    images, labels = IMAGES, classifier(IMAGES).argmax(1)
+    runs = {n: grey_box.attack(n, classifier, eps=0.1, seed=0) for n in ("pgd_l2", "pgd20_l2", "pgd2_l2")}
+    assert runs["pgd_l2"].settings == runs["pgd20_l2"].settings
+    assert torch.equal(*(runs[name].run(images, labels, range(6)) for name in ("pgd_l2", "pgd20_l2")))
+    assert not torch.equal(*(runs[name].run(images, labels, range(6)) for name in ("pgd2_l2", "pgd20_l2")))
 
 
-@pytest.mark.parametrize("name", ["pgd", "pgd0", "pgd-5", "bim", "FGSM", "pgd20 "])
+@pytest.mark.parametrize("name", ["pgd", "pgd0", "pgd_l20", "pgd0_l2", "pgd-5", "bim", "FGSM", "pgd20 "])
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(ValidationError):
         TypeAdapter(GreyBoxName).validate_python(name)

@@ -131,7 +131,11 @@ def test_evaluate_without_a_recipe_takes_every_defense_on_the_data_that_the_bund
         **DataRecipe.model_validate(DATA).model_dump(mode="json"),
         "source": str(finished.folder / "data"),
     }
-    assert (printed["defenses"], printed["budget"]) == ([], "quick")
+    assert (printed["defenses"], printed["budget"], printed["transfer_from"]) == ([], "quick", [])
+    assert (
+        main([*line, "--data", str(finished.folder / "data"), "--transfer-from", "a/1", "--transfer-from", "b/2"]) == 0
+    )
+    assert json.loads(capsys.readouterr().out)["transfer_from"] == ["a/1", "b/2"]
 
     assert main(line) == 2
     assert "--data" in capsys.readouterr().err
@@ -175,6 +179,10 @@ def test_the_shipped_recipes_read_cifar10() -> None:
     [
         ("--data /home/somebody/cifar10", "--bundle models/bundles/cifar10/1 --data FOLDER"),
         ("--recipe a/b.toml --bundle c/d/1 --keep-report", "--recipe a/b.toml --bundle c/d/1 --keep-report"),
+        (
+            "--recipe b.toml --bundle c/1 --transfer-from d/1 --transfer-from /home/somebody/e",
+            "--recipe b.toml --bundle c/1 --transfer-from d/1 --transfer-from e",
+        ),
         (
             "--recipe /home/somebody/b.toml --budget quick --defense atop --defense aid,atop",
             "--recipe b.toml --bundle models/bundles/cifar10/1 --budget quick --defense atop --defense aid,atop",

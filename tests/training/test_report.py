@@ -142,7 +142,7 @@ def test_every_attack_is_explained(finished: Workshop) -> None:
     for defense in ("none", "atop", "aid", "zeropur", "auto"):
         for attack in every_level(planner, Subject(defense, bundle.defended(defense))):
             assert what_it_does(attack.name), attack.name
-    assert what_it_does("pgd20") != what_it_does("pgd_l2")
+    assert what_it_does("pgd20") != what_it_does("pgd_l2") == what_it_does("pgd20_l2")
     assert what_it_does("named_by_a_recipe") == ""
 
 
