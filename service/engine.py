@@ -69,7 +69,7 @@ class Engine:
             raise EngineFault("cuda") from error
 
     def warm(self, batch_sizes: Sequence[int]) -> None:
-        """Run every preset once, default ones once per batch size, so that no client pays for first times."""
+        """Run every preset on one image, default ones at every batch size, so that no client pays for first times."""
         for name, bundle in self._bundles.items():
             started = time.monotonic()
             for key, sizes in _first_times(name, bundle.manifest, batch_sizes):
@@ -178,7 +178,7 @@ def _first_times(name: str, manifest: Manifest, batch_sizes: Sequence[int]) -> l
     offered = manifest.defenses.offered()
     usual = dict.fromkeys(["none", *offered, manifest.resolve(manifest.default_defense)], batch_sizes)
     presets = [manifest.resolve(f"{defense}:{preset}") for defense, spec in offered.items() for preset in spec.presets]
-    defenses = dict.fromkeys(presets, batch_sizes[:1]) | usual
+    defenses = dict.fromkeys(presets, (1,)) | usual
     runs = [(Key(Operation.CLASSIFY, name, defense), sizes) for defense, sizes in defenses.items()]
     if manifest.aid_threshold is not None:
         runs.append((Key(Operation.DETECT, name), batch_sizes))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import matplotlib
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from matplotlib.figure import Figure
 
+from training.glossary import what_it_does
 from training.pictures import Picture
 
 TEMPLATE = "report.html.jinja"
@@ -22,33 +22,6 @@ AXES = {
     "draws": "draws that the gradient is the mean of",
 }
 """What curves are drawn against."""
-WHAT_IT_DOES = {
-    "fgsm": "one step up the loss of the classifier",
-    "pgd": "many small steps up the loss of the classifier; the number is how many",
-    "pgd_l2": "the same, with a bound on the Euclidean distance",
-    "mim": "the same, with momentum",
-    "di2": "the same, each step from a resized copy, so that it works on other networks too",
-    "deepfool": "to the nearest boundary of the classifier",
-    "cw": "Carlini and Wagner: the smallest change that the classifier falls for, without a bound",
-    "autoattack": "AutoAttack: four attacks one after the other",
-    "bpda": "the purifier is run, but counts as unchanged in the gradient",
-    "full": "the exact gradient through transform, purifier and classifier, a mean over draws",
-    "apgd_ce": "AutoAttack's own steps through everything, up the cross-entropy",
-    "apgd_dlr": "the same, up the ratio of differences of logits",
-    "fixed_look": "the exact gradient of one draw of the randomness, always the same",
-    "aware_aid": "fools the classifier while AID sees a natural image",
-    "aware_zeropur": "fools the classifier where blurring changes nothing that ZeroPur could follow",
-    "past_gate": "passes the gate of auto, and fools what stands behind it for natural images",
-    "iterates": "the gradient at every step of the purifier, averaged",
-    "smooth_steps": "the gradient through every step of the purifier, with smooth steps in the place of signs",
-    "square": "tries squares of color at random, and sees answers only",
-    "transfer": "images that fool another classifier",
-    "l2": "the exact gradient, with a bound on the Euclidean distance",
-    "eps_times": "the exact gradient, with another bound",
-    "known_seed": "the exact gradient, of an attacker who knows the seed of the randomness",
-    "stadv": "moves pixels instead of changing them",
-}
-"""Attacks by the beginning of their names, for readers who do not know them."""
 
 
 def page(
@@ -82,13 +55,6 @@ def attacks(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     groups = [row[group] for row in rows.values() for group in ("grey_box", "adaptive", "unseen")]
     found = {name: str(cell["level"]) for group in groups for name, cell in group.items()}
     return dict(sorted(found.items(), key=lambda item: item[1]))
-
-
-def what_it_does(attack: str) -> str:
-    """A line on an attack, by the longest beginning of its name that is known; "" for one that a recipe named."""
-    attack = re.sub(r"^pgd\d+_l2$", "pgd_l2", attack)
-    known = [name for name in WHAT_IT_DOES if attack.startswith(name)]
-    return WHAT_IT_DOES[max(known, key=len)] if known else ""
 
 
 def better_attacked(row: Mapping[str, Any]) -> str:

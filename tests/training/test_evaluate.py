@@ -33,6 +33,7 @@ from training.attacks import by_foolbox, unrolled
 from training.budgets import BUDGETS, BudgetName, Effort, FurtherAttack
 from training.config import EvaluateRecipe, RecipeError
 from training.data import ImageSet
+from training.doubts import doubts
 from training.evaluate import Entry, aid_scores, cost, evaluate, measure, with_variants
 from training.evaluation import Evaluation, clean_work, every_level, head
 from training.forecast import UnitTimes, forecast, unit_times
@@ -156,6 +157,22 @@ def test_what_is_wrong_behind_the_gate_is_said_of_the_gate(
 
     assert reason in doubted.report["reasons"]
     assert not doubted.report["credible"]
+
+
+def test_a_defense_that_more_steps_or_noise_speak_against_is_doubted(tmp_path: Path) -> None:
+    data = color_set(20)
+    bundle = bare_bundle(color_classifier(), CLASSES, SIDE)
+    evaluation, all_right, half = evaluation_of(bundle, data, tmp_path), torch.ones(20).bool(), torch.arange(20) < 10
+    subject = Subject("none", bundle.defended("none"))
+
+    def said(*, steps: Tensor, clean: Tensor) -> list[str]:
+        curve = [(1, half), (5, steps)]
+        right = {"full": all_right}
+        return doubts(evaluation, subject, clean=clean, right=right, levels={"full": "L3"}, against_steps=curve)
+
+    assert said(steps=half, clean=all_right) == []
+    assert "5 steps leave 100% right, 1 steps 50%" in said(steps=all_right, clean=all_right)
+    assert "attacked images do better (100%) than clean ones (50%)" in said(steps=half, clean=half)
 
 
 def test_the_accuracy_of_a_classifier_with_known_answers_is_right(tmp_path: Path) -> None:

@@ -21,9 +21,10 @@ from tests.training.tiny import Workshop
 from training.attacks.looks import Looks
 from training.budgets import BUDGETS
 from training.evaluation import every_level
+from training.glossary import what_it_does
 from training.pictures import data_url, magnified, pictures
 from training.plan import Planner
-from training.report import better_attacked, curve, histogram, page, what_it_does
+from training.report import better_attacked, curve, histogram, page
 from training.subject import Subject
 
 
@@ -141,9 +142,9 @@ def test_every_attack_is_explained(finished: Workshop) -> None:
     planner = Planner(bundle.classifier, budget, 8 / 255, 0, {"other@1": bundle}, 10, bundle.aid)
     for defense in ("none", "atop", "aid", "zeropur", "auto"):
         for attack in every_level(planner, Subject(defense, bundle.defended(defense))):
-            assert what_it_does(attack.name), attack.name
-    assert what_it_does("pgd20") != what_it_does("pgd_l2") == what_it_does("pgd20_l2")
-    assert what_it_does("named_by_a_recipe") == ""
+            assert what_it_does(attack.name, attack.level), attack.name
+    assert what_it_does("pgd20", "L1") != what_it_does("pgd_l2", "L1") == what_it_does("pgd20_l2", "L1")
+    assert what_it_does("pgd20_l2", "L6") == ""  # a recipe's own name, for an attack on the whole defense
 
 
 def test_a_defense_that_reads_attacked_images_better_than_clean_ones_is_explained(finished: Workshop) -> None:
