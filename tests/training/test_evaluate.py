@@ -159,7 +159,7 @@ def test_what_is_wrong_behind_the_gate_is_said_of_the_gate(
     assert not doubted.report["credible"]
 
 
-def test_a_defense_that_more_steps_or_noise_speak_against_is_doubted(tmp_path: Path) -> None:
+def test_a_defense_that_more_steps_or_clean_images_speak_against_is_doubted(tmp_path: Path) -> None:
     data = color_set(20)
     bundle = bare_bundle(color_classifier(), CLASSES, SIDE)
     evaluation, all_right, half = evaluation_of(bundle, data, tmp_path), torch.ones(20).bool(), torch.arange(20) < 10
