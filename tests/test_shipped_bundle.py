@@ -40,8 +40,9 @@ def bundle() -> Bundle:
 
 @pytest.fixture(scope="module")
 def banner() -> Iterator[dict[str, str]]:
-    """What `python -m service`, with nothing but a free port set, prints when it is ready: by the first word."""
-    environment = os.environ | {"CLARIFIER_PORT": "0", "PYTHONUNBUFFERED": "1"}
+    """What `python -m service`, on a free port and patient with slow machines, prints when it is ready, by word."""
+    settings = {"CLARIFIER_PORT": "0", "CLARIFIER_REQUEST_TIMEOUT_MS": "600000"}
+    environment = os.environ | settings | {"PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "service"]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -59,7 +60,7 @@ def banner() -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def service(banner: dict[str, str]) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=banner["documentation"].removesuffix("/docs"), timeout=60) as client:
+    with httpx.Client(base_url=banner["documentation"].removesuffix("/docs"), timeout=600) as client:
         yield client
 
 
