@@ -70,6 +70,15 @@ def gradient_health(
     return found
 
 
+def passes(steps: int, *, is_random: bool) -> tuple[int, int]:
+    """Gradients and answers that `gradient_health` and `more_steps_help` take of every image, if all is well."""
+    draws = DRAWS if is_random else 1
+    slope_and_rise, stuck, repeated = (draws, 2 * draws), (2, 1), (2, 3)
+    far, near = (LARGE_STEPS + 1, 1), (max(1, steps // 4) + steps, 2 * draws)
+    gradients, answers = zip(slope_and_rise, stuck, repeated, far, near, strict=True)
+    return sum(gradients), sum(answers)
+
+
 def repeatability(defended: DefendedClassifier, images: Tensor, seed: int) -> list[str]:
     """The same seeds must give the same logits, watched or not; different seeds different ones, watched or not."""
     one, other = Looks(seed, range(len(images))).next(), Looks(seed + 1, range(len(images))).next()

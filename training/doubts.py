@@ -11,7 +11,7 @@ from torch import Tensor
 from models.randomness import derive_seed
 from training import credibility
 from training.evaluation import Evaluation, clean_work
-from training.subject import Subject
+from training.subject import Subject, Work
 
 HEALTH_IMAGES = 64
 HEALTH_STEPS = 8
@@ -47,9 +47,7 @@ def doubts(
 
 def health(evaluation: Evaluation, subject: Subject, clean: Tensor) -> list[str]:
     """What is wrong with the gradient of a defense, on a few images of those that it labels right."""
-    images, steps = HEALTH_IMAGES, HEALTH_STEPS
-    if subject.descends:
-        images, steps = COSTLY_HEALTH_IMAGES, COSTLY_HEALTH_STEPS
+    images, steps = looked_at(subject)
     few = clean.nonzero().flatten()[:images]
     seed, eps = derive_seed(evaluation.recipe.seed, "health"), evaluation.recipe.eps
 
@@ -62,6 +60,18 @@ def health(evaluation: Evaluation, subject: Subject, clean: Tensor) -> list[str]
     found = evaluation.once({**evaluation.chain(subject.name), "health": few.tolist(), "steps": steps}, find)
     reasons: list[str] = found["reasons"]
     return reasons
+
+
+def looked_at(subject: Subject) -> tuple[int, int]:
+    """How many images `health` looks at, and the steps of its longer attack."""
+    return (COSTLY_HEALTH_IMAGES, COSTLY_HEALTH_STEPS) if subject.descends else (HEALTH_IMAGES, HEALTH_STEPS)
+
+
+def work_of_health(subject: Subject) -> tuple[int, Work]:
+    """How many images `health` looks at, and what it costs for each, if nothing is found."""
+    images, steps = looked_at(subject)
+    looks, answers = credibility.passes(steps, is_random=subject.defended.is_random)
+    return images, Work(looks=looks, answers=answers)
 
 
 def withstands_noise(evaluation: Evaluation, subject: Subject, count: int) -> Tensor:

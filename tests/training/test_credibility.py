@@ -19,6 +19,7 @@ from training.credibility import (
     more_steps_help,
     more_steps_leave_more,
     order_of_attacks,
+    passes,
     surely_fewer,
     withstands_noise,
 )
@@ -134,6 +135,26 @@ def test_nothing_is_said_against_the_gradients_of_our_defenses(defense: str) -> 
     bundle = tiny_bundle()
     sensitive(bundle.classifier, IMAGES)
     assert said_of(bundle.defended(defense)) == ""
+
+
+@pytest.mark.parametrize("defense", ["atop:rt1", "aid"])
+@pytest.mark.parametrize("steps", [2, 8])
+def test_the_passes_that_a_forecast_counts_are_those_that_are_made(
+    defense: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, made = tiny_bundle(), {True: 0, False: 0}
+    sensitive(bundle.classifier, IMAGES)
+    defended, vote = bundle.defended(defense), DefendedClassifier.vote
+    labels = labels_of(defended)
+
+    def counted(self: DefendedClassifier, images: Tensor, seeds: Sequence[int], number: int) -> Tensor:
+        made[torch.is_grad_enabled()] += 1
+        return vote(self, images, seeds, number)
+
+    monkeypatch.setattr(DefendedClassifier, "vote", counted)
+    assert gradient_health(defended, IMAGES, labels, classes=4, seed=0) == []
+    assert more_steps_help(defended, IMAGES, labels, eps=0.05, seed=0, steps=steps) == []
+    assert (made[True], made[False]) == passes(steps, is_random=defended.is_random)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from models.randomness import derive_seed, normal
 from tests.fakes import bare_bundle, color_classifier, linear_classifier, linear_problem, smooth_classifier
 from tests.networks import with_auto
 from tests.training.tiny import CLASSES, RECIPES, SIDE, Workshop, color_set
+from training import credibility
 from training.__main__ import main
 from training.attacks import by_foolbox, unrolled
 from training.budgets import BUDGETS, BudgetName, Effort, FurtherAttack
@@ -780,7 +781,7 @@ def test_the_copy_of_the_report_also_says_what_each_image_withstood(finished: Wo
 def test_the_forecast_has_every_defense_and_level_and_a_sum(finished: Workshop, tmp_path: Path) -> None:
     evaluation = evaluation_of(load_bundle(finished.bundle), color_set(20), tmp_path)
     lines = forecast(evaluation, evaluation.subjects()).splitlines()
-    assert lines[0].split()[-8:] == ["L0", "L1", "L2", "L3", "L4", "L5", "L6", "all"]
+    assert lines[0].split()[-9:] == ["L0", "L1", "L2", "L3", "L4", "L5", "L6", "checks", "all"]
     assert [line.split()[0] for line in lines[1:-1]] == ["none", "atop", "atop:rt3", "aid", "zeropur"]
     assert len({len(line) for line in lines[:-1]}) == 1
     assert lines[-1].startswith("In all about ")
@@ -813,6 +814,21 @@ def test_what_serves_several_defenses_is_forecast_once(
     verdicts = 4.0 * 4  # four attacks on four images
     assert level_4["zeropur"] > verdicts
     assert level_4["auto"] == verdicts
+
+
+def test_the_checks_are_forecast_where_there_is_a_worst_case_and_once(
+    finished: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.forecast.unit_times", lambda *_: UnitTimes(answer=0.0, gradient=60.0))
+    bundle, names = load_bundle(finished.bundle), ["zeropur", "auto", "atop"]
+    evaluation = evaluation_of(bundle, color_set(20), tmp_path, defenses=names, grey_box_only=["atop:rt3"])
+    rows = [line.split() for line in forecast(evaluation, evaluation.subjects()).splitlines()]
+    minutes = {row[0]: float(row[8]) for row in rows[1:-1]}
+    each = credibility.passes(4, is_random=False)[0]
+    assert minutes["zeropur"] == 6 * each  # as many clean images as there are
+    assert minutes["auto"] == 12 * each  # those of zeropur behind it are known
+    assert minutes["atop"] == 20 * credibility.passes(8, is_random=True)[0]
+    assert minutes["atop:rt3"] == 0.0
 
 
 def test_a_point_of_both_curves_is_measured_once(finished: Workshop, tmp_path: Path) -> None:
