@@ -279,7 +279,7 @@ def _build_parts(manifest: Manifest) -> dict[str, nn.Module]:
             parts["aid"] = AidDiscriminator(aid, channels)
         if (zeropur := manifest.defenses.zeropur) is not None:
             for preset in zeropur.presets.values():
-                classifier.refuse_unknown(preset.fine_layers)
+                classifier.refuse_unknown(preset.layers)
     except (ValueError, KeyError) as error:
         raise BundleError(f"{MANIFEST}: {error.args[0]}") from error
     return parts

@@ -192,6 +192,8 @@ class ZeroPurPreset(Strict):
     coarse_step_size: PositiveFloat = 1 / 255
     momentum: NonNegativeFloat = 1.0
     """Momentum on the l1-normalized gradient; 0 is the paper's plain sign step."""
+    coarse_layers: tuple[str, ...] = ()
+    """Those whose similarities coarse shifting ascends together (the paper's Table 12); none: the pooled embedding."""
     random_start: bool = False
     fine_steps: NonNegativeInt = 50
     fine_step_size: PositiveFloat = 0.2 / 255
@@ -200,6 +202,11 @@ class ZeroPurPreset(Strict):
     """Weight of the self-LPIPS term; where it is not 0 the projection is divided by its squared length."""
     projection_weight: PositiveFloat = 1.0
     """Weight of the projection beside that term; alone its scale means nothing, since steps are signs."""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """All that a classifier must have."""
+        return (*self.coarse_layers, *self.fine_layers)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

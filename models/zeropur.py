@@ -55,7 +55,10 @@ class ZeroPurPurifier(nn.Module):
         return exact_identity(images, purified)
 
     def coarse_shifting(self, received: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Algorithm 1: ascend cos(z(x), z(B(x))) through z(x) alone, z being the pooled embedding."""
+        """Algorithm 1: ascend cos(z(x), z(B(x))) through z(x) alone, z being the pooled embedding.
+
+        With `coarse_layers` it is the sum over those, each flattened (Table 12).
+        """
         preset, shifted, (lower, upper) = self.preset, received, ball(received, self.preset.eps)
         if preset.random_start:
             start = 2 * uniform(seeds, received.shape[1:], received.device) - 1
@@ -100,8 +103,8 @@ class ZeroPurPurifier(nn.Module):
     def _similarity_gradient(self, images: Tensor, blurred: Tensor) -> Tensor:
         """The gradient of cos(z(x), z(B(x))) through z(x) alone."""
         with torch.no_grad():
-            target = self.classifier.embedding(blurred)
-        return input_gradient(lambda x: F.cosine_similarity(self.classifier.embedding(x), target), images)
+            targets = compared(self.classifier, blurred, self.preset)
+        return input_gradient(lambda x: similarity(compared(self.classifier, x, self.preset), targets), images)
 
     def _projection_gradient(self, images: Tensor, *directions: Tensor) -> Tensor:
         """The gradient of the features' inner product with `directions`, layer by layer."""
@@ -120,6 +123,19 @@ class ZeroPurPurifier(nn.Module):
             return projection - self.preset.perceptual_weight * distance
 
         return input_gradient(objective, images)
+
+
+def compared(classifier: Classifier, images: Tensor, preset: ZeroPurPreset) -> list[Tensor]:
+    """What coarse shifting makes alike for an image and its blurred copy: vectors (N, D), one per layer."""
+    if not preset.coarse_layers:
+        return [classifier.embedding(images)]
+    return [layer.flatten(1) for layer in classifier.features(images, preset.coarse_layers)]
+
+
+def similarity(vectors: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """The cosines of these and those, summed over the layers, (N,)."""
+    pairs = zip(vectors, targets, strict=True)
+    return torch.stack([F.cosine_similarity(vector, target) for vector, target in pairs]).sum(0)
 
 
 def lpips_features(features: Sequence[Tensor]) -> Tensor:

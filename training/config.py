@@ -203,6 +203,8 @@ class ExportRecipe(Strict):
     version: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]
     classifier_run: RunName
     atop_run: RunName | None = None
+    atop_of_another: bool = False
+    """Whether the in-painter was fine-tuned for another classifier, as AToP's for WRN-70-16 was for WRN-28-10."""
     atop_presets: dict[str, AtopPreset] = Field(default_factory=dict)
     atop_default_preset: str = "rt2"
     aid_run: RunName | None = None

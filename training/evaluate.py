@@ -19,14 +19,14 @@ from pydantic import ValidationError
 from torch import Tensor
 from tqdm import tqdm
 
-from models import load_bundle, write_report
+from models import Bundle, load_bundle, write_report
 from models.bundle import MANIFEST
 from models.files import replace_text
 from models.manifest import Manifest, ZeroPurPreset
 from models.randomness import derive_seed, generator_for
 from training.attacks.looks import Looks
 from training.attacks.threats import Linf
-from training.config import EvaluateRecipe, RecipeError
+from training.config import EvaluateRecipe, RecipeError, refuse_unknown_layers
 from training.credibility import NOT_ADAPTIVE
 from training.data import DataError, load_split
 from training.doubts import doubts
@@ -249,11 +249,13 @@ def pictures_of(evaluation: Evaluation, subject: Subject) -> list[Picture]:
     return pictures(subject.defended, evaluation.bundle.classes, images, labels, adversarial, looks)
 
 
-def with_variants(manifest: Manifest, variants: Mapping[str, Mapping[str, object]]) -> Manifest:
-    """The manifest with further presets of ZeroPur, each the default one with some fields changed.
+def with_variants(bundle: Bundle, variants: Mapping[str, Mapping[str, object]]) -> Manifest:
+    """The bundle's manifest with further presets of ZeroPur, each the default one with some fields changed.
 
-    Raises RecipeError where there is no ZeroPur, the name is taken, or the fields make no preset.
+    Raises RecipeError where there is no ZeroPur, the name is taken, the fields make no preset, or the classifier lacks
+    a layer that they name.
     """
+    manifest = bundle.manifest
     if not variants:
         return manifest
     spec = manifest.defenses.zeropur
@@ -266,6 +268,8 @@ def with_variants(manifest: Manifest, variants: Mapping[str, Mapping[str, object
         added = {name: ZeroPurPreset.model_validate({**usual, **changes}) for name, changes in variants.items()}
     except ValidationError as error:
         raise RecipeError(f"zeropur_variants: {error}") from error
+    for preset in added.values():
+        refuse_unknown_layers(bundle.classifier, preset.layers)
     presets = {"presets": {**spec.presets, **added}}
     defenses = manifest.defenses.model_copy(update={"zeropur": spec.model_copy(update=presets)})
     return manifest.model_copy(update={"defenses": defenses})
@@ -274,7 +278,7 @@ def with_variants(manifest: Manifest, variants: Mapping[str, Mapping[str, object
 def prepare(recipe: EvaluateRecipe, directory: Path, device: torch.device, runs: Path) -> Evaluation:
     """Load everything and refuse what does not fit, before anything is measured."""
     bundle = load_bundle(directory, device)
-    bundle.manifest = with_variants(bundle.manifest, recipe.zeropur_variants)
+    bundle.manifest = with_variants(bundle, recipe.zeropur_variants)
     for defense in (*recipe.defenses, *recipe.grey_box_only):
         bundle.manifest.resolve(defense)
     loaded = [load_bundle(path, device) for path in recipe.transfer_from]

@@ -26,11 +26,11 @@ def export(recipe: ExportRecipe, runs: Path, repository: Path) -> Path:
     """
     cpu = torch.device("cpu")
     classifier = trained_classifier(runs, recipe.classifier_run, cpu)
-    for name in (recipe.atop_run, recipe.aid_run):
+    for name in (None if recipe.atop_of_another else recipe.atop_run, recipe.aid_run):
         if name is not None:
             refuse_other_classifier(runs, name, classifier)
     for preset in recipe.zeropur_presets.values():
-        refuse_unknown_layers(classifier, preset.fine_layers)
+        refuse_unknown_layers(classifier, preset.layers)
     try:
         described = manifest(recipe, runs)
     except ValidationError as error:

@@ -231,13 +231,13 @@ class Planner:
             )
             return for_all_that_have(purifier, found)
         if isinstance(purifier, ZeroPurPurifier):
-            spec = purifier.preset.blur
+            preset = purifier.preset
             found = self.climbs(
                 f"aware_zeropur_{weight:g}",
                 "L4",
                 effort,
                 steps,
-                lambda labels, looks: gradients.while_aligned(self.classifier, spec, labels, weight=weight),
+                lambda labels, looks: gradients.while_aligned(self.classifier, preset, labels, weight=weight),
                 Work(bare=3, answers=0),
             )
             return for_all_that_have(purifier, found)

@@ -52,6 +52,8 @@ class Row(Strict):
     """The same with the paper's network; it has a row of its own once it has been evaluated."""
     recipe: str
     """Name of the evaluation's recipe in `training/recipes/reproduction/`, and of the report it leaves."""
+    paper_recipe: str | None = None
+    """The same for `paper_bundle`, where it is another: one that names layers."""
     defense: str
     """As the report calls it; `none` is the undefended classifier."""
     paper: tuple[float, ...]
@@ -62,6 +64,12 @@ class Row(Strict):
         """Where the evaluation leaves its report, below `runs/evaluations/`, and where it is kept."""
         name, version = Path(self.bundle).parts[-2:]
         return f"{name}-{version}/{self.recipe}.json"
+
+    def in_papers_size(self) -> Row | None:
+        """The same row with the paper's network, if it has one."""
+        if self.paper_bundle is None:
+            return None
+        return self.model_copy(update={"bundle": self.paper_bundle, "recipe": self.paper_recipe or self.recipe})
 
 
 class Direction(Strict):
@@ -172,9 +180,9 @@ def section(table: Table, kept: Path) -> list[str]:
 def in_papers_size(table: Table, kept: Path) -> dict[str, Row]:
     """The rows with the paper's networks that have been evaluated, by the names of the small ones."""
     grown = {
-        row.name: row.model_copy(update={"name": row.name + IN_PAPERS_SIZE, "bundle": row.paper_bundle})
+        row.name: each.model_copy(update={"name": row.name + IN_PAPERS_SIZE})
         for row in table.rows
-        if row.paper_bundle is not None
+        if (each := row.in_papers_size()) is not None
     }
     return {name: row for name, row in grown.items() if report_of(kept, row) is not None}
 
@@ -290,7 +298,7 @@ def keep(tables: Iterable[Table], runs: Path, kept: Path) -> None:
     Raises as `report_of` before anything is replaced.
     """
     small = list(itertools.chain.from_iterable(table.rows for table in tables))
-    grown = [row.model_copy(update={"bundle": row.paper_bundle}) for row in small if row.paper_bundle is not None]
+    grown = [each for row in small if (each := row.in_papers_size()) is not None]
     found = {row.report: runs / "evaluations" / row.report for row in (*small, *grown)}
     for row in (*small, *grown):
         if found[row.report].exists():

@@ -32,9 +32,12 @@ def published(classifier: Classifier, received: Tensor, preset: ZeroPurPreset) -
 
     shifted, previous = received.clone(), torch.zeros_like(received)
     for _ in range(preset.coarse_steps):
-        target = layer(blur(shifted, preset.blur), "pool").detach()
+        blurred = blur(shifted, preset.blur).detach()
         shifted.requires_grad_()
-        similarity = F.cosine_similarity(layer(shifted, "pool"), target).sum()
+        similarity = torch.zeros(())
+        for name in preset.coarse_layers or ("pool",):
+            target = layer(blurred, name).detach().flatten(1)
+            similarity = similarity + F.cosine_similarity(layer(shifted, name).flatten(1), target).sum()
         (gradient,) = torch.autograd.grad(similarity, shifted)
         if preset.momentum:
             previous = gradient / gradient.abs().sum((1, 2, 3), keepdim=True) + preset.momentum * previous
@@ -69,6 +72,8 @@ def published(classifier: Classifier, received: Tensor, preset: ZeroPurPreset) -
         {"coarse_steps": 2, "fine_steps": 2, "momentum": 0.0, "fine_layers": ("stage1", "stage2", "pool")},
         {"coarse_steps": 2, "fine_steps": 4, "perceptual_weight": 1.0, "projection_weight": 0.05},
         {"coarse_steps": 2, "fine_steps": 3, "blur": {"kind": "tv", "size": 0.1}},
+        {"coarse_steps": 3, "fine_steps": 0, "coarse_layers": ("stage2", "pool")},
+        {"coarse_steps": 2, "fine_steps": 2, "coarse_layers": ("stage1", "stage2")},
     ],
 )
 def test_it_does_what_the_algorithms_say(images: Tensor, changes: dict[str, object]) -> None:

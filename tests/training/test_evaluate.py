@@ -494,7 +494,7 @@ def test_an_attack_on_one_purifier_serves_every_defense_that_has_it(finished: Wo
     assert shared("auto") == shared("zeropur")  # its strong chain
     assert shared("atop") == {}
     assert shared("aid")["iterates"] != shared("zeropur")["iterates"]  # by what they stand on
-    bundle.manifest = with_variants(bundle.manifest, {"long": {"coarse_steps": 3}})
+    bundle.manifest = with_variants(bundle, {"long": {"coarse_steps": 3}})
     assert shared("zeropur:long")["iterates"] != shared("zeropur")["iterates"]
 
 
@@ -647,8 +647,8 @@ def test_a_budget_without_efforts_is_for_grey_box_numbers_alone() -> None:
 
 
 def test_variants_of_zeropur_are_the_default_preset_with_some_fields_changed(finished: Workshop) -> None:
-    manifest = load_bundle(finished.bundle).manifest
-    varied = with_variants(manifest, {"coarse": {"fine_steps": 0}})
+    bundle = load_bundle(finished.bundle)
+    manifest, varied = bundle.manifest, with_variants(bundle, {"coarse": {"fine_steps": 0}})
     assert varied.defenses.zeropur is not None
     assert manifest.defenses.zeropur is not None
     usual = manifest.defenses.zeropur.presets["code"]
@@ -662,15 +662,16 @@ def test_variants_of_zeropur_are_the_default_preset_with_some_fields_changed(fin
         ({"code": {"fine_steps": 0}}, "a preset code already"),
         ({"new": {"fine_steps": -1}}, "fine_steps"),
         ({"new": {"speed": 1}}, "speed"),
+        ({"new": {"coarse_layers": ["stage9"]}}, "stage9"),
     ],
 )
 def test_variants_that_make_no_preset_are_refused(
     variants: dict[str, dict[str, object]], reason: str, finished: Workshop
 ) -> None:
     with pytest.raises(RecipeError, match=reason):
-        with_variants(load_bundle(finished.bundle).manifest, variants)
+        with_variants(load_bundle(finished.bundle), variants)
     with pytest.raises(RecipeError, match="a bundle that offers zeropur"):
-        with_variants(bare_bundle(color_classifier(), CLASSES, SIDE).manifest, variants)
+        with_variants(bare_bundle(color_classifier(), CLASSES, SIDE), variants)
 
 
 def test_a_report_with_variants_or_further_attacks_is_not_written_into_the_bundle(

@@ -140,3 +140,8 @@ def test_a_defense_that_was_trained_for_another_classifier_is_refused(
     assert finished.run("export", {"name": "wrong", "classifier_run": "another"}) == 2
     assert "was trained for another classifier" in capsys.readouterr().err
     assert not (finished.bundle.parents[1] / "wrong").exists()
+    without_aid = {"aid_run": None, "aid_presets": None, "auto_presets": None}
+    reused = {"name": "reused", "classifier_run": "another", "atop_of_another": True, **without_aid}
+    assert finished.run("export", reused) == 0
+    reused_aid = {**reused, "name": "wrong", "aid_run": "aid", "aid_presets": {"code": {"steps": 2}}}
+    assert finished.run("export", reused_aid) == 2

@@ -18,7 +18,8 @@ from models.blur import blur
 from models.classifiers import Classifier
 from models.defense import DefendedClassifier
 from models.gate import GatePurifier
-from models.manifest import BlurSpec
+from models.manifest import ZeroPurPreset
+from models.zeropur import compared, similarity
 from training.attacks.looks import Looks, seen
 from training.attacks.pgd import Loss, Objective, classified, cross_entropy, differentiated, margin
 
@@ -92,16 +93,18 @@ def past_the_gate(
     return at
 
 
-def while_aligned(classifier: Classifier, spec: BlurSpec, labels: Tensor, *, weight: float) -> Objective:
+def while_aligned(classifier: Classifier, preset: ZeroPurPreset, labels: Tensor, *, weight: float) -> Objective:
     """The defense-aware attack on ZeroPur: CE(f(x), y) - weight * (1 - cos(z(x), z(B(x)))).
 
-    An image whose embedding already agrees with that of its blurred copy leaves coarse shifting nothing to ascend.
+    An image whose embedding already agrees with that of its blurred copy leaves coarse shifting nothing to ascend. With
+    `coarse_layers` the cosine is the mean of theirs.
     After Mao et al. (2021), who leave the auxiliary loss to the defense; both arguments are differentiated, but for a
     TV blur, which has no gradient.
     """
 
     def objective(images: Tensor) -> Tensor:
-        agreement = F.cosine_similarity(classifier.embedding(images), classifier.embedding(blur(images, spec)))
+        clear, blurred = (compared(classifier, x, preset) for x in (images, blur(images, preset.blur)))
+        agreement = similarity(clear, blurred) / len(clear)
         return cross_entropy(classifier(images), labels) - weight * (1 - agreement)
 
     return differentiated(objective)

@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from models.aid import AidPurifier
 from models.blur import blur
 from models.gradients import ball
-from models.zeropur import ZeroPurPurifier, dot, l1_normalized
+from models.zeropur import ZeroPurPurifier, compared, dot, l1_normalized, similarity
 from training.attacks.pgd import Model, Objective, classified, margin
 from training.attacks.threats import TINY
 
@@ -87,8 +86,8 @@ def _zeropur(purifier: ZeroPurPurifier, images: Tensor, sign: Sign, run: Run) ->
     lower, upper = ball(images, preset.eps)
 
     def ascent(shifted: Tensor) -> Tensor:
-        target = classifier.embedding(blur(shifted, preset.blur))
-        return slope(lambda x: F.cosine_similarity(classifier.embedding(x), target).sum(), shifted)
+        targets = compared(classifier, blur(shifted, preset.blur), preset)
+        return slope(lambda x: similarity(compared(classifier, x, preset), targets).sum(), shifted)
 
     def faster(shifted: Tensor, velocity: Tensor) -> Tensor:
         return l1_normalized(ascent(shifted)) + preset.momentum * velocity if preset.momentum else ascent(shifted)

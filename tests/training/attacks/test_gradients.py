@@ -13,7 +13,7 @@ from models.gate import GatePurifier
 from models.manifest import BlurSpec
 from models.randomness import normal
 from tests.fakes import linear_problem
-from tests.networks import SIZE, tiny_aid, tiny_bundle, tiny_classifier
+from tests.networks import SIZE, tiny_aid, tiny_bundle, tiny_classifier, zeropur_preset
 from training.attacks.gradients import around, diverse, past_the_gate, through, while_aligned, while_natural
 from training.attacks.looks import Looks, Oracle, SameLook
 from training.attacks.pgd import Objective, ascend, cross_entropy, differentiated, loss_gradient, margin
@@ -216,11 +216,24 @@ def test_the_attack_on_the_gate_gets_images_past_it_that_are_wrong_behind() -> N
 @pytest.mark.parametrize("kind", ["gaussian", "median"])
 def test_the_attack_on_zeropur_agrees_with_its_blurred_copy_more_than_one_that_does_not_care(kind: str) -> None:
     classifier, spec, threat = tiny_classifier(), BlurSpec.model_validate({"kind": kind, "size": 3}), Linf(0.05)
-    agreements = []
+    agreements, preset = [], zeropur_preset(blur=spec)
     for weight in (0.0, 100.0):
-        objective = while_aligned(classifier, spec, LABELS, weight=weight)
+        objective = while_aligned(classifier, preset, LABELS, weight=weight)
         moved = ascend(objective, IMAGES, IMAGES, threat, steps=10, step_size=0.01)
         agreements.append(F.cosine_similarity(classifier.embedding(moved), classifier.embedding(blur(moved, spec))))
+    assert (agreements[1] > agreements[0]).all()
+
+
+def test_the_attack_on_zeropur_with_coarse_layers_looks_at_those() -> None:
+    classifier, threat = tiny_classifier(), Linf(0.05)
+    preset = zeropur_preset(coarse_layers=("stage1", "stage2"))
+    agreements = []
+    for weight in (0.0, 100.0):
+        objective = while_aligned(classifier, preset, LABELS, weight=weight)
+        moved = ascend(objective, IMAGES, IMAGES, threat, steps=10, step_size=0.01)
+        layers = (classifier.features(x, ("stage1", "stage2")) for x in (moved, blur(moved, preset.blur)))
+        cosines = [F.cosine_similarity(a.flatten(1), b.flatten(1)) for a, b in zip(*layers, strict=True)]
+        agreements.append(torch.stack(cosines).sum(0))
     assert (agreements[1] > agreements[0]).all()
 
 

@@ -31,6 +31,7 @@ PURIFIERS = {
     "zeropur": zeropur(),
     "zeropur, plain signs": zeropur(momentum=0.0),
     "zeropur, coarse": zeropur(fine_steps=0),
+    "zeropur, two coarse layers": zeropur(fine_steps=0, coarse_layers=("stage1", "pool")),
     "zeropur, median": zeropur(blur={"kind": "median", "size": 3}),
 }
 
