@@ -193,7 +193,7 @@ class ZeroPurPreset(Strict):
     momentum: NonNegativeFloat = 1.0
     """Momentum on the l1-normalized gradient; 0 is the paper's plain sign step."""
     coarse_layers: tuple[str, ...] = ()
-    """Those whose similarities coarse shifting ascends together (the paper's Table 12); none: the pooled embedding."""
+    """Layers whose similarities coarse shifting ascends together (the paper's Table 12); none: the pooled embedding."""
     random_start: bool = False
     fine_steps: NonNegativeInt = 50
     fine_step_size: PositiveFloat = 0.2 / 255
@@ -216,6 +216,8 @@ class ZeroPurPreset(Strict):
             raise ValueError("fine alignment follows what coarse shifting found: coarse_steps must not be 0")
         if not self.coarse_steps and (self.random_start or self.blur.kind == "tv"):
             raise ValueError("a blur alone has no random start, and is not tv, through which no gradient flows")
+        if self.coarse_layers and not self.coarse_steps:
+            raise ValueError("coarse_layers are for coarse shifting: coarse_steps must not be 0")
         return self
 
 

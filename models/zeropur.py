@@ -57,7 +57,7 @@ class ZeroPurPurifier(nn.Module):
     def coarse_shifting(self, received: Tensor, seeds: Sequence[int]) -> Tensor:
         """Algorithm 1: ascend cos(z(x), z(B(x))) through z(x) alone, z being the pooled embedding.
 
-        With `coarse_layers` it is the sum over those, each flattened (Table 12).
+        With `coarse_layers` it is the mean over those, each flattened (Eq. 12).
         """
         preset, shifted, (lower, upper) = self.preset, received, ball(received, self.preset.eps)
         if preset.random_start:
@@ -133,9 +133,9 @@ def compared(classifier: Classifier, images: Tensor, preset: ZeroPurPreset) -> l
 
 
 def similarity(vectors: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """The cosines of these and those, summed over the layers, (N,)."""
+    """The cosines of these and those, their mean over the layers, (N,)."""
     pairs = zip(vectors, targets, strict=True)
-    return torch.stack([F.cosine_similarity(vector, target) for vector, target in pairs]).sum(0)
+    return torch.stack([F.cosine_similarity(vector, target) for vector, target in pairs]).mean(0)
 
 
 def lpips_features(features: Sequence[Tensor]) -> Tensor:

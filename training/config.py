@@ -204,7 +204,8 @@ class ExportRecipe(Strict):
     classifier_run: RunName
     atop_run: RunName | None = None
     atop_of_another: bool = False
-    """Whether the in-painter was fine-tuned for another classifier, as AToP's for WRN-70-16 was for WRN-28-10."""
+    """Whether the in-painter may have been fine-tuned for another classifier. AToP's authors put that for WRN-28-10 in
+    front of a WRN-70-16 too."""
     atop_presets: dict[str, AtopPreset] = Field(default_factory=dict)
     atop_default_preset: str = "rt2"
     aid_run: RunName | None = None
@@ -220,6 +221,8 @@ class ExportRecipe(Strict):
     def _check(self) -> Self:
         if (self.atop_run is None) != (not self.atop_presets):
             raise ValueError("atop_run and atop_presets need each other")
+        if self.atop_of_another and self.atop_run is None:
+            raise ValueError("atop_of_another needs an atop_run")
         if (self.aid_run is None) != (not self.aid_presets):
             raise ValueError("aid_run and aid_presets need each other")
         if self.auto_presets and self.aid_run is None:

@@ -67,11 +67,24 @@ def looked_at(subject: Subject) -> tuple[int, int]:
     return (COSTLY_HEALTH_IMAGES, COSTLY_HEALTH_STEPS) if subject.descends else (HEALTH_IMAGES, HEALTH_STEPS)
 
 
-def work_of_health(subject: Subject) -> tuple[int, Work]:
-    """How many images `health` looks at, and what it costs for each, if nothing is found."""
-    images, steps = looked_at(subject)
-    looks, answers = credibility.passes(steps, is_random=subject.defended.is_random)
-    return images, Work(looks=looks, answers=answers)
+def work_of_checks(evaluation: Evaluation, subject: Subject) -> dict[str, tuple[int, Work]]:
+    """What `doubts` does, if nothing is found: images, and the work for each. One name is one finding."""
+    attacked = min(evaluation.planner().effort(subject).images, len(evaluation.data))
+    found = {f"noise on {subject.name}": (attacked, Work())}
+    strong = evaluation.behind_the_gate(subject)
+    for checked in {subject.name: subject, strong.name: strong}.values():
+        count, _ = clean_work(evaluation, checked)
+        images, steps = looked_at(checked)
+        looks, answers = credibility.passes(steps, is_random=checked.defended.is_random)
+        found[f"gradient of {checked.name}"] = (min(images, count), Work(looks=looks, answers=answers))
+        if checked is not subject:
+            found[clean_answers(checked)] = (count, Work())
+    return found
+
+
+def clean_answers(subject: Subject) -> str:
+    """The name, in `work_of_checks`, of what L0 asks a defense too."""
+    return f"clean images for {subject.name}"
 
 
 def withstands_noise(evaluation: Evaluation, subject: Subject, count: int) -> Tensor:

@@ -30,7 +30,7 @@ from training.config import EvaluateRecipe, RecipeError, refuse_unknown_layers
 from training.credibility import NOT_ADAPTIVE
 from training.data import DataError, load_split
 from training.doubts import doubts
-from training.evaluation import Evaluation, clean_work, fitted, planned
+from training.evaluation import Evaluation, clean_work, fitted, has_worst_case, planned
 from training.forecast import forecast
 from training.pictures import Picture, pictures
 from training.plan import DLR_CLASSES
@@ -64,7 +64,7 @@ class Entry:
 def measure(evaluation: Evaluation, subject: Subject) -> Entry:
     """Run every attack of the plan on one defense."""
     attacks = planned(evaluation, subject)
-    adaptive = any(attack.level not in ("L1", "L6") for attack in attacks)
+    adaptive = has_worst_case(attacks)
     count, draws = clean_work(evaluation, subject)
     clean = evaluation.clean(subject, count, draws)
     right = dict[str, Tensor]()

@@ -206,6 +206,11 @@ def planned(evaluation: Evaluation, subject: Subject) -> list[Attack]:
     return [fitted(attack, len(evaluation.data)) for attack in (*attacks, *further)]
 
 
+def has_worst_case(attacks: Sequence[Attack]) -> bool:
+    """Whether there is more than L1 among the attacks in the budget: grey-box ones alone make no worst case."""
+    return any(attack.level not in ("L1", "L6") for attack in attacks)
+
+
 def clean_work(evaluation: Evaluation, subject: Subject) -> tuple[int, int]:
     """How many clean images a defense is asked about, and how many times each.
 

@@ -1,7 +1,8 @@
 """Why two rows of the papers' tables differ from ours: the measurements behind remarks of docs/reproduction.md.
 
 `python -m training.explanations --data FOLDER` prints them, once `runs/bundles` has ZeroPur's Vanilla, Standard and
-Strong; docs/reproduction.md says how to make them. Everything is drawn by seed 0.
+Strong; docs/reproduction.md says how to make them. Images and attacks are drawn by seed 0, what RT3 hides of an
+image by its number.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def pgd20(classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
 def left_by_the_blur(classifier: Classifier, images: Tensor, attacked: Tensor, labels: Tensor) -> dict[str, float]:
     """Accuracy on clean and blurred images, and on clean ones with only that part of the attack that blurring leaves.
 
-    A Gaussian is linear, so the part is the difference of the two blurred images.
+    A Gaussian is linear, so the part is the difference of the two blurred images. What it is added to may leave [0, 1].
     """
     soft = blur(images, GAUSSIAN)
     part = blur(attacked, GAUSSIAN) - soft

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -15,6 +16,9 @@ from training.provenance import fingerprint, git_commit, hardware, library_versi
 from training.runs import read_recipe_of, read_summary_of
 from training.train_aid import CALIBRATED_RATES, threshold_name
 from training.trained import trained_classifier, trained_discriminator, trained_inpainter
+
+EARLIER = ("initial_run", "classifier_run", "purifier_run")
+"""Fields of recipes that name the runs which one builds on."""
 
 
 def export(recipe: ExportRecipe, runs: Path, repository: Path) -> Path:
@@ -119,20 +123,30 @@ def auto(recipe: ExportRecipe, runs: Path) -> AutoSpec | None:
     return AutoSpec(default_preset=recipe.auto_default_preset, presets=presets)
 
 
+def lineage(runs: Path, names: Iterable[str]) -> list[str]:
+    """The runs, each behind those that it started from or was trained for, as far as those are still there."""
+    found = list[str]()
+    for name in names:
+        recipe = read_recipe_of(runs, name)
+        earlier = [recipe[field] for field in EARLIER if recipe.get(field) is not None]
+        there = [each for each in earlier if (runs / each / "summary.json").exists()]
+        found += [each for each in (*lineage(runs, there), name) if each not in found]
+    return found
+
+
 def provenance(recipe: ExportRecipe, runs: Path) -> dict[str, object]:
     """Everything that it takes to make the bundle again: recipes, data, commit, versions, time, hardware.
 
-    Each run's summary has its own; those beside the runs are of the export.
+    Each run's summary has its own; those beside the runs are of the export. `networks` says which run made which.
     """
-    names = [recipe.classifier_run, recipe.atop_run, recipe.aid_run]
-    if recipe.atop_run is not None:
-        names.insert(1, read_recipe_of(runs, recipe.atop_run).get("purifier_run"))
+    made = {"classifier": recipe.classifier_run, "inpainter": recipe.atop_run, "discriminator": recipe.aid_run}
+    networks = {network: name for network, name in made.items() if name is not None}
     return {
         "runs": {
             name: {"recipe": read_recipe_of(runs, name), "summary": read_summary_of(runs, name)}
-            for name in names
-            if name is not None
+            for name in lineage(runs, networks.values())
         },
+        "networks": networks,
         "git_commit": git_commit(),
         "libraries": library_versions(),
         "hardware": hardware(),

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from models.packed import MAX_PACKED_BATCH
 from training.attacks.gradients import through
 from training.attacks.looks import Looks
-from training.doubts import work_of_health
-from training.evaluation import Evaluation, clean_work, fitted, key_of, planned
+from training.doubts import clean_answers, work_of_checks
+from training.evaluation import Evaluation, clean_work, fitted, has_worst_case, key_of, planned
 from training.subject import GROUPS, Subject, Work
 from training.unseen import curve_points
 
@@ -18,8 +18,8 @@ from training.unseen import curve_points
 def forecast(evaluation: Evaluation, subjects: Sequence[Subject]) -> str:
     """What every level of every defense will cost, in minutes on this machine, as a table; from a few timed passes.
 
-    What an earlier run found is counted too: it will come at once. The last column but one is that of the checks of
-    whether a worst case is credible.
+    What an earlier run found is counted too: it will come at once. The last column but one are the checks of whether a
+    worst case is credible; those of `auto` at most, since clean images pass its gate.
     """
     levels = ["L0", *GROUPS, "checks"]
     lines = [f"{'minutes, about':<18}" + "".join(f"{level:>8}" for level in levels) + f"{'all':>8}"]
@@ -39,14 +39,11 @@ def forecast(evaluation: Evaluation, subjects: Sequence[Subject]) -> str:
             own = work.bare * bare + work.looks * times.gradient + work.answers * times.answer
             seconds[attack.level] += attack.images * own
         made |= attacks.keys()
-        if subject.name not in evaluation.recipe.grey_box_only:
-            for checked in {subject.name: subject, strong.name: strong}.values():
-                if (known := f"checks of {checked.name}") not in made:
-                    images, work = work_of_health(checked)
-                    seconds["checks"] += min(images, count) * (
-                        work.looks * times.gradient + work.answers * times.answer
-                    )
-                    made.add(known)
+        checks = work_of_checks(evaluation, subject) if has_worst_case(planned(evaluation, subject)) else {}
+        for check in checks.keys() - made:
+            images, work = checks[check]
+            seconds["checks"] += images * (work.looks * times.gradient + work.answers * times.answer)
+        made |= checks.keys() | {clean_answers(subject)}
         total += sum(seconds.values())
         cells = [*seconds.values(), sum(seconds.values())]
         lines.append(f"{subject.name:<18}" + "".join(f"{value / 60:>8.1f}" for value in cells))

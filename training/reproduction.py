@@ -47,7 +47,8 @@ class Row(Strict):
 
     name: str
     bundle: str
-    """The directory that is evaluated, which ends in name and version; small enough for two CPU cores."""
+    """The directory that is evaluated, which ends in name and version: small enough for two CPU cores, except in rows
+    that exist in the paper's size alone."""
     paper_bundle: str | None = None
     """The same with the paper's network; it has a row of its own once it has been evaluated."""
     recipe: str
@@ -70,6 +71,12 @@ class Row(Strict):
         if self.paper_bundle is None:
             return None
         return self.model_copy(update={"bundle": self.paper_bundle, "recipe": self.paper_recipe or self.recipe})
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.paper_recipe is not None and self.paper_bundle is None:
+            raise ValueError(f"{self.name}: paper_recipe is for a paper_bundle")
+        return self
 
 
 class Direction(Strict):
@@ -154,7 +161,7 @@ def page(tables: Iterable[Table], kept: Path) -> str:
 
 def section(table: Table, kept: Path) -> list[str]:
     """One table with what must hold of it, and its commands."""
-    small, grown = {row.name: row for row in table.rows}, in_papers_size(table, kept)
+    small, grown = {row.name: row for row in table.rows}, evaluated_in_papers_size(table, kept)
     rows = [*small.values(), *grown.values()]
     reports = {row.report: report_of(kept, row) for row in rows}
     head = " | ".join(f"{column}, paper | ours" for column in table.columns)
@@ -177,7 +184,7 @@ def section(table: Table, kept: Path) -> list[str]:
     return [*lines, "", folded, "", *commands(table, rows, reports), "", "</details>"]
 
 
-def in_papers_size(table: Table, kept: Path) -> dict[str, Row]:
+def evaluated_in_papers_size(table: Table, kept: Path) -> dict[str, Row]:
     """The rows with the paper's networks that have been evaluated, by the names of the small ones."""
     grown = {
         row.name: each.model_copy(update={"name": row.name + IN_PAPERS_SIZE})

@@ -65,10 +65,12 @@ def told_runs(bundle: Bundle) -> dict[str, ToldRun]:
 
 
 def last_runs(bundle: Bundle, told: Mapping[str, ToldRun]) -> dict[str, str]:
-    """By network, the run whose weights the bundle has: the last that trained it.
+    """By network, the run whose weights the bundle has: the one that it names, or else the last that trained it.
 
     Raises BundleError unless every network of the bundle has exactly one.
     """
+    if (named := bundle.manifest.provenance.get("networks")) is not None:
+        return named_runs(bundle, told, named)
     went_on_with = {run.recipe.get("purifier_run") for run in told.values()}
     trained = dict[str, str]()
     for network in checkpoints_of(bundle):
@@ -78,6 +80,17 @@ def last_runs(bundle: Bundle, told: Mapping[str, ToldRun]) -> dict[str, str]:
             raise BundleError(NOT_TOLD)
         (trained[network],) = names
     return trained
+
+
+def named_runs(bundle: Bundle, told: Mapping[str, ToldRun], named: object) -> dict[str, str]:
+    """The run that made each network, as provenance says; raises BundleError unless it says so of all, and no other."""
+    try:
+        made = TypeAdapter(dict[str, RunName]).validate_python(named)
+    except ValidationError:
+        raise BundleError(NOT_TOLD) from None
+    if made.keys() != checkpoints_of(bundle).keys() or not told.keys() >= set(made.values()):
+        raise BundleError(NOT_TOLD)
+    return made
 
 
 def checkpoints_of(bundle: Bundle) -> dict[str, Checkpoint]:

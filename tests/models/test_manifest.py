@@ -225,6 +225,8 @@ def test_impossible_blurs_and_alignments_are_refused() -> None:
         ZeroPurPreset(blur=median)
     with pytest.raises(ValidationError, match="coarse_steps must not be 0"):
         ZeroPurPreset(blur=median, coarse_steps=0, fine_layers=("stage2",))
+    with pytest.raises(ValidationError, match="coarse_layers are for coarse shifting"):
+        ZeroPurPreset(blur=median, coarse_steps=0, fine_steps=0, coarse_layers=("stage2",))
     with pytest.raises(ValidationError, match="has no random start"):
         ZeroPurPreset(blur=median, coarse_steps=0, fine_steps=0, random_start=True)
     with pytest.raises(ValidationError, match="is not tv"):

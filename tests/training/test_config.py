@@ -12,6 +12,7 @@ from tests.training.tiny import DATA, INPAINTER, MAE, RECIPES, SIDE, TRANSFORM, 
 from training.__main__ import RECIPES as KINDS
 from training.config import (
     ClassifierRecipe,
+    ExportRecipe,
     FinetuneRecipe,
     RecipeError,
     read_recipe,
@@ -42,6 +43,14 @@ def test_the_data_source_can_be_given_beside_the_recipe(tmp_path: Path) -> None:
     path = write_recipe(tmp_path / "r.toml", RECIPES["train-classifier"])
     assert read_recipe(path, ClassifierRecipe).data.source == "nowhere"
     assert read_recipe(path, ClassifierRecipe, data_source="elsewhere").data.source == "elsewhere"
+
+
+def test_there_is_no_in_painter_of_another_classifier_without_an_in_painter() -> None:
+    fields = {name: value for name, value in RECIPES["export"].items() if not name.startswith("atop_")}
+    bare = {**fields, "default_defense": "none"}
+    ExportRecipe.model_validate(bare)
+    with pytest.raises(ValidationError, match="atop_of_another needs an atop_run"):
+        ExportRecipe.model_validate({**bare, "atop_of_another": True})
 
 
 @pytest.mark.parametrize(

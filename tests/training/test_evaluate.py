@@ -817,19 +817,47 @@ def test_what_serves_several_defenses_is_forecast_once(
     assert level_4["auto"] == verdicts
 
 
+CHECKS = credibility.passes(4, is_random=False)
+"""Gradients and answers for each image, where a defense descends."""
+
+
+def minutes_of_checks(evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch, unit: UnitTimes) -> dict[str, float]:
+    monkeypatch.setattr("training.forecast.unit_times", lambda *_: unit)
+    rows = [line.split() for line in forecast(evaluation, evaluation.subjects()).splitlines()]
+    return {row[0]: float(row[8]) for row in rows[1:-1]}
+
+
 def test_the_checks_are_forecast_where_there_is_a_worst_case_and_once(
     finished: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.forecast.unit_times", lambda *_: UnitTimes(answer=0.0, gradient=60.0))
-    bundle, names = load_bundle(finished.bundle), ["zeropur", "auto", "atop"]
+    names = ["zeropur", "auto", "atop"]
+    bundle = load_bundle(finished.bundle)
     evaluation = evaluation_of(bundle, color_set(20), tmp_path, defenses=names, grey_box_only=["atop:rt3"])
-    rows = [line.split() for line in forecast(evaluation, evaluation.subjects()).splitlines()]
-    minutes = {row[0]: float(row[8]) for row in rows[1:-1]}
-    each = credibility.passes(4, is_random=False)[0]
-    assert minutes["zeropur"] == 6 * each  # as many clean images as there are
-    assert minutes["auto"] == 12 * each  # those of zeropur behind it are known
+    minutes = minutes_of_checks(evaluation, monkeypatch, UnitTimes(answer=0.0, gradient=60.0))
+    assert minutes["zeropur"] == 6 * CHECKS[0]  # of no more images than are asked about
+    assert minutes["auto"] == 12 * CHECKS[0]  # those of zeropur behind it are known
     assert minutes["atop"] == 20 * credibility.passes(8, is_random=True)[0]
     assert minutes["atop:rt3"] == 0.0
+
+
+def test_the_checks_of_a_gate_alone_are_those_of_what_stands_behind_it_too(
+    finished: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation = evaluation_of(load_bundle(finished.bundle), color_set(20), tmp_path, defenses=["auto"])
+    minutes = minutes_of_checks(evaluation, monkeypatch, UnitTimes(answer=60.0, gradient=0.0))
+    clean, attacked = 6, 4
+    assert minutes["auto"] == (12 + 6) * CHECKS[1] + clean + attacked
+
+
+def test_no_checks_are_forecast_where_none_are_made(
+    finished: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation = evaluation_of(load_bundle(finished.bundle), color_set(8), tmp_path, defenses=["none"])
+    efforts = {"one_pass": Effort(images=1), "descending": Effort(images=1)}
+    grey = evaluation.recipe.model_copy(update={"budget": evaluation.recipe.effort.model_copy(update=efforts)})
+    minutes = minutes_of_checks(replace(evaluation, recipe=grey), monkeypatch, UnitTimes(answer=60.0, gradient=60.0))
+    assert minutes == {"none": 0.0}
+    assert measure(replace(evaluation, recipe=grey), evaluation.subjects()[0]).report["worst_case"] is None
 
 
 def test_a_point_of_both_curves_is_measured_once(finished: Workshop, tmp_path: Path) -> None:

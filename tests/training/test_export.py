@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from models import load_bundle
-from tests.training.tiny import TRANSFORM, Workshop, color_set
+from tests.training.tiny import TRANSFORM, Workshop, assert_same, color_set
 from training.data import to_float
 from training.runs import read_summary_of
 from training.trained import trained_classifier, trained_discriminator, trained_inpainter
@@ -76,8 +76,23 @@ def test_the_provenance_is_enough_to_make_the_bundle_again(finished: Workshop) -
         assert run["summary"]["data_sha256"] == color_set(48).fingerprint()
         assert run["summary"]["wall_s"] > 0
     assert provenance["runs"]["classifier"]["recipe"]["seed"] == 1
+    assert provenance["networks"] == {"classifier": "classifier", "inpainter": "atop", "discriminator": "aid"}
     assert {"git_commit", "libraries", "hardware"} <= provenance.keys()
     assert str(finished.folder) not in json.dumps(provenance)
+
+
+def test_the_provenance_goes_back_to_the_first_run(finished: Workshop) -> None:
+    longer = {"name": "longer", "initial_run": "classifier", "epochs": 0.5, "warmup_epochs": 0}
+    assert finished.run("train-classifier", longer) == 0
+    tuned = {"name": "tuned", "purifier_run": "atop", "classifier_run": "longer", "epochs": 0.5}
+    assert finished.run("finetune-atop", tuned) == 0
+    without_aid = {"aid_run": None, "aid_presets": None, "auto_presets": None}
+    changes = {"name": "tuned", "classifier_run": "longer", "atop_run": "tuned", **without_aid}
+    assert finished.run("export", changes) == 0
+    bundle = finished.bundle.parents[1] / "tuned" / "1"
+    provenance = json.loads((bundle / "bundle.json").read_text())["provenance"]
+    assert list(provenance["runs"]) == ["classifier", "longer", "purifier", "atop", "tuned"]
+    assert provenance["networks"] == {"classifier": "longer", "inpainter": "tuned"}
 
 
 def test_a_version_that_is_there_is_never_written_again(finished: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,10 +139,11 @@ def test_presets_that_do_not_fit_the_trained_in_painter_are_refused_and_nothing_
     assert not (finished.bundle.parents[1] / "wrong").exists()
 
 
+@pytest.mark.parametrize("changes", [{"fine_layers": ["stage9"]}, {"fine_steps": 0, "coarse_layers": ["stage9"]}])
 def test_layers_that_the_classifier_does_not_have_are_refused_and_nothing_is_written(
-    finished: Workshop, capsys: pytest.CaptureFixture[str]
+    finished: Workshop, capsys: pytest.CaptureFixture[str], changes: dict[str, object]
 ) -> None:
-    wrong = {"blur": {"kind": "gaussian", "size": 0.6}, "fine_layers": ["stage9"]}
+    wrong = {"blur": {"kind": "gaussian", "size": 0.6}, **changes}
     assert finished.run("export", {"name": "wrong", "zeropur_presets": {"code": wrong}}) == 2
     assert "stage9" in capsys.readouterr().err
     assert not (finished.bundle.parents[1] / "wrong").exists()
@@ -143,5 +159,12 @@ def test_a_defense_that_was_trained_for_another_classifier_is_refused(
     without_aid = {"aid_run": None, "aid_presets": None, "auto_presets": None}
     reused = {"name": "reused", "classifier_run": "another", "atop_of_another": True, **without_aid}
     assert finished.run("export", reused) == 0
+    bundle = load_bundle(finished.bundle.parents[1] / "reused" / "1")
+    shipped = load_bundle(finished.bundle)
+    assert bundle.inpainter is not None
+    assert shipped.inpainter is not None
+    assert_same(bundle.inpainter.state_dict(), shipped.inpainter.state_dict())
+    capsys.readouterr()
     reused_aid = {**reused, "name": "wrong", "aid_run": "aid", "aid_presets": {"code": {"steps": 2}}}
     assert finished.run("export", reused_aid) == 2
+    assert "run aid was trained for another classifier" in capsys.readouterr().err

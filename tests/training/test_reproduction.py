@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from models.classifiers import build_classifier
 from tests.training.tiny import Workshop
 from training import reproduction
 from training.__main__ import RECIPES
@@ -213,6 +214,33 @@ def test_a_row_must_have_a_number_for_every_column_and_a_direction_its_cells() -
 def test_a_direction_that_could_not_fail_is_refused(cells: tuple[tuple[str, str], ...]) -> None:
     with pytest.raises(ValueError, match=r"one cell needs at_most|at least 1 item"):
         Direction(says="It falls", cells=cells)
+
+
+def test_the_papers_size_may_have_a_recipe_of_its_own() -> None:
+    small = row("r", "none", (1.0,)).model_copy(update={"bundle": "runs/small/1", "recipe": "zeropur-12-small"})
+    assert small.in_papers_size() is None
+    fields = {**small.model_dump(), "paper_bundle": "runs/big/2"}
+    for paper_recipe, report_name in ((None, "zeropur-12-small"), ("zeropur-12", "zeropur-12")):
+        grown = Row(**{**fields, "paper_recipe": paper_recipe}).in_papers_size()
+        assert grown is not None
+        assert grown.report == f"big-2/{report_name}.json"
+    with pytest.raises(ValueError, match="r: paper_recipe is for a paper_bundle"):
+        Row(**{**small.model_dump(), "paper_recipe": "zeropur-12"})
+
+
+def test_the_layers_of_a_recipe_are_those_of_the_network_it_is_for() -> None:
+    layers = {
+        name: {
+            layer
+            for variant in read_recipe(FOLDER / f"reproduction/{name}.toml", EvaluateRecipe).zeropur_variants.values()
+            for layer in variant.get("coarse_layers", ())
+        }
+        for name in ("zeropur-12-small", "zeropur-12")
+    }
+    small, large = (build_classifier(name, num_classes=10, input_size=32) for name in ("resnet9-half", "resnet18"))
+    assert layers["zeropur-12-small"] == set(small.feature_names) - {"head"}
+    assert layers["zeropur-12"] == {"stage1", "stage2", "stage3", "stage4", "pool"}
+    assert layers["zeropur-12"] < set(large.feature_names)
 
 
 def test_a_report_by_another_recipe_is_refused(tmp_path: Path) -> None:

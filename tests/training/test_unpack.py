@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from models import load_bundle
-from tests.training.tiny import Interrupted, Workshop
+from models import BundleError, load_bundle
+from tests.training.tiny import Interrupted, Workshop, assert_same
 from training.__main__ import main
 from training.provenance import content_sha256
 from training.runs import RunError, read_checkpoint
 from training.trained import trained_classifier, trained_discriminator, trained_inpainter
+from training.unpack import last_runs, told_runs
 
 CPU = torch.device("cpu")
 
@@ -63,6 +64,31 @@ def test_others_build_on_unpacked_runs_once_their_own_are_there(
     assert "has no weights: run its command again" in said
     assert workshop.run("pretrain-purifier") == 0
     assert workshop.run("finetune-atop", {"name": "another"}) == 0
+
+
+def test_of_two_classifiers_the_bundle_has_the_one_that_it_names(finished: Workshop, tmp_path: Path) -> None:
+    assert finished.run("train-classifier", {"name": "other", "epochs": 0.5, "warmup_epochs": 0}) == 0
+    without_aid = {"aid_run": None, "aid_presets": None, "auto_presets": None}
+    changes = {"name": "two", "classifier_run": "other", "atop_of_another": True, **without_aid}
+    assert finished.run("export", changes) == 0
+    two = finished.bundle.parents[1] / "two" / "1"
+    assert unpack(two, tmp_path) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["atop", "classifier", "other", "purifier"]
+    own, shipped = trained_classifier(tmp_path, "other", CPU), load_bundle(two).classifier
+    assert_same(own.state_dict(), shipped.state_dict())
+    with pytest.raises(RunError, match="has no weights"):
+        trained_classifier(tmp_path, "classifier", CPU)
+
+
+@pytest.mark.parametrize("named", [{"classifier": "classifier"}, {"classifier": "nobody"}, "classifier", {}])
+def test_a_bundle_that_names_other_networks_is_refused(finished: Workshop, named: object) -> None:
+    bundle = load_bundle(finished.bundle)
+    bundle.manifest.provenance["networks"] = named
+    with pytest.raises(BundleError, match="does not say which runs"):
+        last_runs(bundle, told_runs(bundle))
+    del bundle.manifest.provenance["networks"]  # as in bundles of an older version
+    inferred = {"classifier": "classifier", "inpainter": "atop", "discriminator": "aid"}
+    assert last_runs(bundle, told_runs(bundle)) == inferred
 
 
 def test_its_own_command_cannot_go_on_with_an_unpacked_run(
@@ -124,7 +150,7 @@ def test_a_run_that_is_there_is_kept_and_nothing_is_written(
         lambda told: told.clear(),
         lambda told: told["runs"].clear(),
         lambda told: told["runs"].pop("classifier"),
-        lambda told: told["runs"].update(another=told["runs"]["aid"]),
+        lambda told: (told.pop("networks"), told["runs"].update(another=told["runs"]["aid"])),
         lambda told: told.update(runs={"../elsewhere": told["runs"]["aid"]}),
         lambda told: told["runs"]["aid"].pop("summary"),
         lambda told: told.update(runs="none"),

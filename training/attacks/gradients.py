@@ -97,15 +97,14 @@ def while_aligned(classifier: Classifier, preset: ZeroPurPreset, labels: Tensor,
     """The defense-aware attack on ZeroPur: CE(f(x), y) - weight * (1 - cos(z(x), z(B(x)))).
 
     An image whose embedding already agrees with that of its blurred copy leaves coarse shifting nothing to ascend. With
-    `coarse_layers` the cosine is the mean of theirs.
+    `coarse_layers` it is the mean of their cosines.
     After Mao et al. (2021), who leave the auxiliary loss to the defense; both arguments are differentiated, but for a
     TV blur, which has no gradient.
     """
 
     def objective(images: Tensor) -> Tensor:
         clear, blurred = (compared(classifier, x, preset) for x in (images, blur(images, preset.blur)))
-        agreement = similarity(clear, blurred) / len(clear)
-        return cross_entropy(classifier(images), labels) - weight * (1 - agreement)
+        return cross_entropy(classifier(images), labels) - weight * (1 - similarity(clear, blurred))
 
     return differentiated(objective)
 
