@@ -240,16 +240,21 @@ def save_bundle(bundle: Bundle, directory: str | Path) -> None:
 def write_report(directory: str | Path, report: Mapping[str, object], page: str) -> None:
     """Put a report and its page for people into a bundle, in place of earlier ones, and their hashes into bundle.json.
 
-    Whenever this is interrupted the bundle stays sound, if without a report.
+    Whenever this is interrupted the bundle stays sound, if without a report. Nothing else of bundle.json changes, also
+    where it was written by an older version.
     """
     directory = Path(directory)
-    manifest = read_manifest(directory)
-    files = {name: sha256 for name, sha256 in manifest.files.items() if name not in (REPORT, REPORT_PAGE)}
-    _write_manifest(directory, manifest.model_copy(update={"files": files}))
+    files = {name: sha for name, sha in read_manifest(directory).files.items() if name not in (REPORT, REPORT_PAGE)}
+    _list_files(directory, files)
     for name, text in ((REPORT, json.dumps(report, indent=1) + "\n"), (REPORT_PAGE, page)):
         replace_text(directory / name, text)
-        files = {**files, name: _sha256(directory / name)}
-    _write_manifest(directory, manifest.model_copy(update={"files": files}))
+        files[name] = _sha256(directory / name)
+    _list_files(directory, files)
+
+
+def _list_files(directory: Path, files: Mapping[str, str]) -> None:
+    told = json.loads((directory / MANIFEST).read_text())
+    replace_text(directory / MANIFEST, json.dumps({**told, "files": files}, indent=1, ensure_ascii=False) + "\n")
 
 
 def _write_manifest(directory: Path, manifest: Manifest) -> None:

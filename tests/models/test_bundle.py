@@ -189,6 +189,23 @@ def test_a_report_joins_the_bundle_and_its_hashes(saved: Path) -> None:
         load_bundle(saved)
 
 
+def test_a_report_changes_nothing_else_of_a_bundle_of_an_older_version(saved: Path) -> None:
+    path = saved / "bundle.json"
+    older = json.loads(path.read_text())
+    del older["defenses"]["zeropur"]["presets"]["code"]["coarse_layers"]
+    older["provenance"] = {"by": "Zoë"}
+    path.write_text(json.dumps(older))
+
+    write_report(saved, {"accuracy": 0.5}, "<p>0.5")
+
+    now = json.loads(path.read_text())
+    assert now.pop("files") == older.pop("files") | {
+        name: hashlib.sha256((saved / name).read_bytes()).hexdigest() for name in ("report.json", "report.html")
+    }
+    assert now == older
+    load_bundle(saved)
+
+
 @pytest.mark.parametrize("moves", [0, 1, 2, 3])
 def test_a_report_that_is_interrupted_leaves_a_sound_bundle(
     saved: Path, moves: int, monkeypatch: pytest.MonkeyPatch
