@@ -82,17 +82,17 @@ def test_the_provenance_is_enough_to_make_the_bundle_again(finished: Workshop) -
 
 
 def test_the_provenance_goes_back_to_the_first_run(finished: Workshop) -> None:
-    longer = {"name": "longer", "initial_run": "classifier", "epochs": 0.5, "warmup_epochs": 0}
+    longer = {"name": "second", "initial_run": "classifier", "epochs": 0.5, "warmup_epochs": 0}
     assert finished.run("train-classifier", longer) == 0
-    tuned = {"name": "tuned", "purifier_run": "atop", "classifier_run": "longer", "epochs": 0.5}
+    tuned = {"name": "tuned", "purifier_run": "atop", "classifier_run": "second", "epochs": 0.5}
     assert finished.run("finetune-atop", tuned) == 0
     without_aid = {"aid_run": None, "aid_presets": None, "auto_presets": None}
-    changes = {"name": "tuned", "classifier_run": "longer", "atop_run": "tuned", **without_aid}
+    changes = {"name": "tuned", "classifier_run": "second", "atop_run": "tuned", **without_aid}
     assert finished.run("export", changes) == 0
     bundle = finished.bundle.parents[1] / "tuned" / "1"
     provenance = json.loads((bundle / "bundle.json").read_text())["provenance"]
-    assert list(provenance["runs"]) == ["classifier", "longer", "purifier", "atop", "tuned"]
-    assert provenance["networks"] == {"classifier": "longer", "inpainter": "tuned"}
+    assert list(provenance["runs"]) == ["classifier", "second", "purifier", "atop", "tuned"]
+    assert provenance["networks"] == {"classifier": "second", "inpainter": "tuned"}
 
 
 def test_a_version_that_is_there_is_never_written_again(finished: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
