@@ -67,14 +67,14 @@ def test_others_build_on_unpacked_runs_once_their_own_are_there(
 
 
 def test_of_two_classifiers_the_bundle_has_the_one_that_it_names(finished: Workshop, tmp_path: Path) -> None:
-    assert finished.run("train-classifier", {"name": "other", "epochs": 0.5, "warmup_epochs": 0}) == 0
+    assert finished.run("train-classifier", {"name": "beside", "epochs": 0.5, "warmup_epochs": 0}) == 0
     without_aid = {"aid_run": None, "aid_presets": None, "auto_presets": None}
-    changes = {"name": "two", "classifier_run": "other", "atop_of_another": True, **without_aid}
+    changes = {"name": "two", "classifier_run": "beside", "atop_of_another": True, **without_aid}
     assert finished.run("export", changes) == 0
     two = finished.bundle.parents[1] / "two" / "1"
     assert unpack(two, tmp_path) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["atop", "classifier", "other", "purifier"]
-    own, shipped = trained_classifier(tmp_path, "other", CPU), load_bundle(two).classifier
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["atop", "classifier", "beside", "purifier"]
+    own, shipped = trained_classifier(tmp_path, "beside", CPU), load_bundle(two).classifier
     assert_same(own.state_dict(), shipped.state_dict())
     with pytest.raises(RunError, match="has no weights"):
         trained_classifier(tmp_path, "classifier", CPU)
