@@ -73,7 +73,7 @@ def test_of_two_classifiers_the_bundle_has_the_one_that_it_names(finished: Works
     assert finished.run("export", changes) == 0
     two = finished.bundle.parents[1] / "two" / "1"
     assert unpack(two, tmp_path) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["atop", "classifier", "beside", "purifier"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["atop", "beside", "classifier", "purifier"]
     own, shipped = trained_classifier(tmp_path, "beside", CPU), load_bundle(two).classifier
     assert_same(own.state_dict(), shipped.state_dict())
     with pytest.raises(RunError, match="has no weights"):
