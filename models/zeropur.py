@@ -57,7 +57,8 @@ class ZeroPurPurifier(nn.Module):
     def coarse_shifting(self, received: Tensor, seeds: Sequence[int]) -> Tensor:
         """Algorithm 1: ascend cos(z(x), z(B(x))) through z(x) alone, z being the pooled embedding.
 
-        With `coarse_layers` it is the mean over those, each flattened (Eq. 12).
+        With `coarse_layers` it is the sum over those, each flattened. The paper's mean (Eq. 12) has the same direction,
+        and only that counts.
         """
         preset, shifted, (lower, upper) = self.preset, received, ball(received, self.preset.eps)
         if preset.random_start:
@@ -104,7 +105,7 @@ class ZeroPurPurifier(nn.Module):
         """The gradient of cos(z(x), z(B(x))) through z(x) alone."""
         with torch.no_grad():
             targets = compared(self.classifier, blurred, self.preset)
-        return input_gradient(lambda x: similarity(compared(self.classifier, x, self.preset), targets), images)
+        return input_gradient(lambda x: cosines(compared(self.classifier, x, self.preset), targets), images)
 
     def _projection_gradient(self, images: Tensor, *directions: Tensor) -> Tensor:
         """The gradient of the features' inner product with `directions`, layer by layer."""
@@ -132,10 +133,9 @@ def compared(classifier: Classifier, images: Tensor, preset: ZeroPurPreset) -> l
     return [layer.flatten(1) for layer in classifier.features(images, preset.coarse_layers)]
 
 
-def similarity(vectors: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """The cosines of these and those, their mean over the layers, (N,)."""
-    pairs = zip(vectors, targets, strict=True)
-    return torch.stack([F.cosine_similarity(vector, target) for vector, target in pairs]).mean(0)
+def cosines(vectors: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Tensor]:
+    """Layer by layer, the cosine of every image's vector and its target, (N,)."""
+    return [F.cosine_similarity(vector, target) for vector, target in zip(vectors, targets, strict=True)]
 
 
 def lpips_features(features: Sequence[Tensor]) -> Tensor:

@@ -8,13 +8,14 @@ image by its number.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from models import Bundle, load_bundle
+from models import Bundle, BundleError, load_bundle
 from models.atop import AtopPurifier
 from models.blur import blur
 from models.classifiers import Classifier
@@ -22,7 +23,7 @@ from models.manifest import AtopPreset, BlurSpec
 from models.randomness import generator_for
 from training.attacks.by_foolbox import foolbox_pgd
 from training.config import DataRecipe
-from training.data import load_split, to_float
+from training.data import DataError, load_split, to_float
 
 BATCH = 64
 EPS = 8 / 255
@@ -79,11 +80,21 @@ def restore(bundle: Bundle, preset: AtopPreset, images: Tensor) -> Tensor:
         return torch.cat([purifier(images[part], part.tolist()) for part in seeds])
 
 
-def main() -> None:
-    """Print both measurements, in percent."""
+def main(arguments: list[str] | None = None) -> int:
+    """Print both measurements, in percent; the exit status is 2 if data or bundles cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m training.explanations", description=__doc__)
     parser.add_argument("--data", required=True, help="a folder with CIFAR-10")
-    test = load_split(DataRecipe(name="CIFAR-10", source=parser.parse_args().data, input_size=32), "test")
+    try:
+        measure(parser.parse_args(arguments).data)
+    except (DataError, BundleError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def measure(source: str) -> None:
+    """Raises DataError for data, and BundleError for bundles, that cannot be read."""
+    test = load_split(DataRecipe(name="CIFAR-10", source=source, input_size=32), "test")
     chosen = test.subset(torch.randperm(len(test), generator=generator_for(0, "images"))[:RESTORED])
     images, labels = to_float(chosen.images, torch.device("cpu")), chosen.labels
 
@@ -113,4 +124,4 @@ def show(what: str, numbers: Mapping[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -33,13 +33,14 @@ def forecast(evaluation: Evaluation, subjects: Sequence[Subject]) -> str:
         seconds["L0"] = count * draws * clean.answer
         curved = {} if subject.name in evaluation.recipe.grey_box_only else curve_points(evaluation.planner(), subject)
         points = [fitted(attack, len(evaluation.data)) for axis in curved.values() for _, attack in axis]
-        attacks = {str(key_of(attack)): attack for attack in (*planned(evaluation, subject), *points)}
+        planned_attacks = planned(evaluation, subject)
+        attacks = {str(key_of(attack)): attack for attack in (*planned_attacks, *points)}
         for known, attack in attacks.items():
             work = Work(answers=1) if attack.shared and known in made else attack.work  # the verdict alone
             own = work.bare * bare + work.looks * times.gradient + work.answers * times.answer
             seconds[attack.level] += attack.images * own
         made |= attacks.keys()
-        checks = work_of_checks(evaluation, subject) if has_worst_case(planned(evaluation, subject)) else {}
+        checks = work_of_checks(evaluation, subject) if has_worst_case(planned_attacks) else {}
         for check in checks.keys() - made:
             images, work = checks[check]
             seconds["checks"] += images * (work.looks * times.gradient + work.answers * times.answer)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from models.manifest import AtopPreset
+from tests.fakes import bare_bundle
 from tests.networks import SIZE, sensitive, tiny_bundle, tiny_classifier
-from training.explanations import left_by_the_blur, pgd20, restore, share_right
+from training.explanations import left_by_the_blur, main, pgd20, restore, share_right
 
 IMAGES = 0.2 + 0.6 * torch.rand(80, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
 HIDDEN = AtopPreset(transform="rt1", working_size=SIZE, sigma=0.0, mask_ratio=0.25)
@@ -42,3 +45,13 @@ def test_what_an_image_draws_follows_its_number() -> None:
     assert torch.equal(restored[:70], restore(tiny_bundle(), HIDDEN, IMAGES[:70]))
     twice = restore(tiny_bundle(), HIDDEN, IMAGES[:1].repeat(2, 1, 1, 1))
     assert not torch.allclose(twice[0], twice[1], atol=1e-3)
+
+
+def test_what_cannot_be_read_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--data", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_bundle_without_an_in_painter_restores_nothing() -> None:
+    with pytest.raises(ValueError, match="plain has no in-painter"):
+        restore(bare_bundle(tiny_classifier(), ("a", "b", "c", "d"), SIZE), HIDDEN, IMAGES)

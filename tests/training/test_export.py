@@ -82,8 +82,8 @@ def test_the_provenance_is_enough_to_make_the_bundle_again(finished: Workshop) -
 
 
 def test_the_provenance_goes_back_to_the_first_run(finished: Workshop) -> None:
-    longer = {"name": "second", "initial_run": "classifier", "epochs": 0.5, "warmup_epochs": 0}
-    assert finished.run("train-classifier", longer) == 0
+    second = {"name": "second", "initial_run": "classifier", "epochs": 0.5, "warmup_epochs": 0}
+    assert finished.run("train-classifier", second) == 0
     tuned = {"name": "tuned", "purifier_run": "atop", "classifier_run": "second", "epochs": 0.5}
     assert finished.run("finetune-atop", tuned) == 0
     without_aid = {"aid_run": None, "aid_presets": None, "auto_presets": None}

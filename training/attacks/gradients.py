@@ -19,7 +19,7 @@ from models.classifiers import Classifier
 from models.defense import DefendedClassifier
 from models.gate import GatePurifier
 from models.manifest import ZeroPurPreset
-from models.zeropur import compared, similarity
+from models.zeropur import compared, cosines
 from training.attacks.looks import Looks, seen
 from training.attacks.pgd import Loss, Objective, classified, cross_entropy, differentiated, margin
 
@@ -104,7 +104,8 @@ def while_aligned(classifier: Classifier, preset: ZeroPurPreset, labels: Tensor,
 
     def objective(images: Tensor) -> Tensor:
         clear, blurred = (compared(classifier, x, preset) for x in (images, blur(images, preset.blur)))
-        return cross_entropy(classifier(images), labels) - weight * (1 - similarity(clear, blurred))
+        agreement = torch.stack(cosines(clear, blurred)).mean(0)
+        return cross_entropy(classifier(images), labels) - weight * (1 - agreement)
 
     return differentiated(objective)
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from models.aid import AidPurifier
 from models.blur import blur
 from models.gradients import ball
-from models.zeropur import ZeroPurPurifier, compared, dot, l1_normalized, similarity
+from models.zeropur import ZeroPurPurifier, compared, cosines, dot, l1_normalized
 from training.attacks.pgd import Model, Objective, classified, margin
 from training.attacks.threats import TINY
 
@@ -87,7 +87,7 @@ def _zeropur(purifier: ZeroPurPurifier, images: Tensor, sign: Sign, run: Run) ->
 
     def ascent(shifted: Tensor) -> Tensor:
         targets = compared(classifier, blur(shifted, preset.blur), preset)
-        return slope(lambda x: similarity(compared(classifier, x, preset), targets).sum(), shifted)
+        return slope(lambda x: torch.stack(cosines(compared(classifier, x, preset), targets)).sum(), shifted)
 
     def faster(shifted: Tensor, velocity: Tensor) -> Tensor:
         return l1_normalized(ascent(shifted)) + preset.momentum * velocity if preset.momentum else ascent(shifted)
