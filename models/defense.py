@@ -48,7 +48,10 @@ class DefendedClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, K)."""
-        seeds = self.seeds_for(images)
+        return self.answer(images, self.seeds_for(images))
+
+    def answer(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Logits (N, K), all votes together; one seed per image fixes every draw."""
         if self.votes == 1:
             return self.vote(images, seeds, 0)
         votes = [self.vote(images, seeds, vote).log_softmax(1) for vote in range(self.votes)]

@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
             print(*unpack(options.bundle, options.runs), sep="\n")
             return 0
-        instead = {name: getattr(options, name, None) for name in ("budget", "defenses", "transfer_from")}
+        instead = {name: getattr(options, name, None) for name in ("budget", "defenses", "transfer_from", "votes")}
         if instead["defenses"]:
             instead["grey_box_only"] = ()
         recipe = recipe_for(options, instead)
@@ -107,6 +107,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                 action="append",
                 metavar="BUNDLE",
                 help="another bundle on disk, whose classifier's adversarial images are tried too; repeatable",
+            )
+            command.add_argument(
+                "--votes", type=int, help="draws that an answer of a random defense averages; needs --keep-report"
             )
             command.add_argument("--keep-report", action="store_true", help="leave the bundle's report.json as it is")
             command.add_argument(
@@ -188,6 +191,7 @@ def typed(options: argparse.Namespace) -> str:
     parts += [f"--budget {options.budget}"] if options.budget is not None else []
     parts += [f"--defense {defense}" for defense in options.defenses or ()]
     parts += [f"--transfer-from {folderless(Path(bundle))}" for bundle in options.transfer_from or ()]
+    parts += [f"--votes {options.votes}"] if options.votes is not None else []
     parts += ["--keep-report"] if options.keep_report else []
     return " ".join(["python -m training evaluate", *parts])
 

@@ -64,7 +64,7 @@ def gradient_health(
         found.append("the gradient is not finite where an attack arrives")
     with torch.no_grad():
         verdict = Looks(seed + 1, range(count)).next()
-        left = int((defended.vote(moved, verdict, 0).argmax(1) == labels).sum())
+        left = int((defended.answer(moved, verdict).argmax(1) == labels).sum())
     if binomtest(left, count).proportion_ci(0.95).low > max(LARGE_EPS_ACCURACY, 1 / classes):
         found.append(f"an attack without bounds leaves {left / count:.0%} right: it does not reach the defense")
     return found
@@ -83,10 +83,10 @@ def repeatability(defended: DefendedClassifier, images: Tensor, seed: int) -> li
     """The same seeds must give the same logits, watched or not; different seeds different ones, watched or not."""
     one, other = Looks(seed, range(len(images))).next(), Looks(seed + 1, range(len(images))).next()
     with torch.no_grad():
-        judged, again, judged_other = (defended.vote(images, seeds, 0) for seeds in (one, one, other))
+        judged, again, judged_other = (defended.answer(images, seeds) for seeds in (one, one, other))
     with torch.enable_grad():
         watched = images.detach().requires_grad_()
-        attacked, attacked_other = (defended.vote(watched, seeds, 0).detach() for seeds in (one, other))
+        attacked, attacked_other = (defended.answer(watched, seeds).detach() for seeds in (one, other))
     tolerance = 1e-3 * max(1.0, float(judged.abs().max()))
     found = list[str]()
     if not torch.allclose(judged, again, atol=tolerance):
@@ -107,7 +107,7 @@ def stuck_logits(defended: DefendedClassifier, images: Tensor, labels: Tensor, s
     """
     looks, found = Looks(seed, range(len(images))), list[str]()
     with torch.no_grad():
-        logits = defended.vote(images, looks.next(), 0)
+        logits = defended.answer(images, looks.next())
     varies = logits.amax(0) > logits.amin(0)
     wrong = logits.scatter(1, labels[:, None], -torch.inf).argmax(1)
     for whose, logit, classes in (("own", right_logit, labels), ("likeliest wrong", best_wrong_logit, wrong)):
@@ -152,7 +152,7 @@ def withstands_noise(
     noisy = (images + eps * (2 * signs - 1)).clamp(0, 1)
     with torch.no_grad():
         verdict = Looks(seed, range(first, first + len(images))).next()
-        return (defended.vote(noisy, verdict, 0).argmax(1) == labels).cpu()
+        return (defended.answer(noisy, verdict).argmax(1) == labels).cpu()
 
 
 def order_of_attacks(

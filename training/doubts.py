@@ -57,7 +57,7 @@ def health(evaluation: Evaluation, subject: Subject, clean: Tensor) -> list[str]
         reasons = credibility.gradient_health(defended, *chosen, classes=classes, seed=seed)
         return {"reasons": reasons + credibility.more_steps_help(defended, *chosen, eps=eps, seed=seed, steps=steps)}
 
-    found = evaluation.once({**evaluation.chain(subject.name), "health": few.tolist(), "steps": steps}, find)
+    found = evaluation.once({**evaluation.asked(subject), "health": few.tolist(), "steps": steps}, find)
     reasons: list[str] = found["reasons"]
     return reasons
 
@@ -98,5 +98,5 @@ def withstands_noise(evaluation: Evaluation, subject: Subject, count: int) -> Te
         ]
         return {"right": torch.cat(parts).int().tolist()}
 
-    found = evaluation.once({**evaluation.chain(subject.name), "noise": eps, "images": [0, count]}, find)
+    found = evaluation.once({**evaluation.asked(subject), "noise": eps, "images": [0, count]}, find)
     return torch.tensor(found["right"], dtype=torch.bool)

@@ -137,7 +137,7 @@ def cost(evaluation: Evaluation, subject: Subject) -> float:
     for _ in range(COST_REPEATS):
         for name in best:
             began = time.perf_counter()
-            evaluation.bundle.probabilities(name, images, seed=0).cpu()
+            evaluation.bundle.probabilities(name, images, votes=evaluation.recipe.votes, seed=0).cpu()
             best[name] = min(best[name], time.perf_counter() - began)
     return best[subject.name] / best["none"]
 
@@ -183,11 +183,12 @@ def evaluate(
 
     Raises BundleError for a bundle that cannot be loaded, UnknownDefense for a defense that it does not offer,
     DataError for data of other classes or another size than the bundle's, or too few classes for an attack, and
-    RecipeError for variants that make no preset, and for further attacks that bear another's name, would be in the
-    bundle's report, or are on an AID that the bundle does not have.
+    RecipeError for variants that make no preset, for further attacks that bear another's name or are on an AID that the
+    bundle does not have, and for what would be in the bundle's report though it is not what the bundle does by default.
     """
-    if (recipe.zeropur_variants or recipe.further) and not keep_report:
-        raise RecipeError("zeropur_variants and further attacks are not for a bundle's own report: use --keep-report")
+    if (recipe.zeropur_variants or recipe.further or recipe.votes > 1) and not keep_report:
+        what = "zeropur_variants, further attacks and votes"
+        raise RecipeError(f"{what} are not for a bundle's own report: use --keep-report")
     started = time.monotonic()
     evaluation = prepare(recipe, directory, device, runs)
     subjects = evaluation.subjects()

@@ -71,12 +71,17 @@ class Evaluation:
             steps.append([name, settings.model_dump(mode="json"), behind])
         return {"defense": steps}
 
+    def asked(self, subject: Subject) -> dict[str, object]:
+        """The same for a defense as this evaluation asks it: of how many votes it takes the mean, if of several."""
+        votes = subject.defended.votes
+        return {**self.chain(subject.name), **({"votes": votes} if votes > 1 else {})}
+
     def subjects(self) -> list[Subject]:
         """The bare classifier, then the defenses. Raises UnknownDefense for one that the bundle does not offer."""
         manifest = self.bundle.manifest
         named = self.recipe.defenses or tuple(manifest.defenses.offered())
         names = dict.fromkeys(["none", *named, *self.recipe.grey_box_only])
-        return [Subject(name, self.bundle.defended(name)) for name in names]
+        return [Subject(name, self.bundle.defended(name, votes=self.recipe.votes)) for name in names]
 
     def planner(self) -> Planner:
         """Who decides which attacks are run."""
@@ -90,7 +95,7 @@ class Evaluation:
         for name, preset in manifest.chain(subject.name):
             settings = manifest.defenses.offered()[name].presets[preset]
             if isinstance(settings, AutoPreset):
-                return Subject(settings.strong, self.bundle.defended(settings.strong))
+                return Subject(settings.strong, self.bundle.defended(settings.strong, votes=self.recipe.votes))
         return subject
 
     def once(self, depends_on: Mapping[str, object], find: Callable[[], Mapping[str, object]]) -> dict[str, Any]:
@@ -121,9 +126,9 @@ class Evaluation:
         return to_float(few.images, self.device), few.labels.to(self.device)
 
     def right(self, subject: Subject, images: Tensor, labels: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Which images the defense labels right in one look, (N,)."""
+        """Which images the defense labels right in one answer, (N,)."""
         with torch.no_grad():
-            return (subject.defended.vote(images, seeds, 0).argmax(1) == labels).cpu()
+            return (subject.defended.answer(images, seeds).argmax(1) == labels).cpu()
 
     def verdict_seeds(self, numbers: Sequence[int], what: object) -> list[int]:
         """Randomness that no attack has seen."""
@@ -141,7 +146,7 @@ class Evaluation:
         parts = list[Tensor]()
         for batch in self.batches(attack.images):
             numbers = batch[0]
-            of = {**self.chain(subject.name), **key_of(attack), "images": [numbers[0], len(numbers)]}
+            of = {**self.asked(subject), **key_of(attack), "images": [numbers[0], len(numbers)]}
             found = self.once(of, partial(find, *batch))
             parts.append(torch.tensor(found["right"], dtype=torch.bool))
             bar.update(len(numbers))
@@ -170,7 +175,7 @@ class Evaluation:
         for draw in range(draws):
             parts = list[Tensor]()
             for batch in self.batches(count):
-                of = {**self.chain(subject.name), "clean": draw, "images": [batch[0][0], len(batch[0])]}
+                of = {**self.asked(subject), "clean": draw, "images": [batch[0][0], len(batch[0])]}
                 found = self.once(of, partial(find, draw, *batch))
                 parts.append(torch.tensor(found["right"], dtype=torch.bool))
             rows.append(torch.cat(parts))

@@ -104,7 +104,7 @@ class Planner:
                 effort,
                 effort.bpda_steps,
                 lambda labels, looks: gradients.around(defended, labels, looks, draws=effort.bpda_draws),
-                Work(bare=1, answers=1),
+                Work(bare=defended.votes, answers=1),
                 draws=self.draws(subject, effort.bpda_draws),
             )
         found += self.climbs(

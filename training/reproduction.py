@@ -37,7 +37,7 @@ SURE = 0.05
 """A sign test's p-value that is smaller decides."""
 IN_PAPERS_SIZE = " (paper's size)"
 HOLDS, OPEN, FAILS = "holds", "cannot be told apart", "**does not hold**"
-SETTINGS = {"seed", "eps", "batch_size", "defenses", "grey_box_only", "zeropur_variants", "further"}
+SETTINGS = {"seed", "eps", "batch_size", "defenses", "grey_box_only", "zeropur_variants", "further", "votes"}
 VERDICTS = (HOLDS, OPEN, FAILS)
 """From good to bad: that of an order of several is the worst of its pairs."""
 
@@ -287,7 +287,7 @@ def checked(path: Path, row: Row) -> dict[str, Any]:
     recipe = read_recipe(TABLES.parent / f"{row.recipe}.toml", EvaluateRecipe)
     wanted = recipe.model_dump(mode="json", include=SETTINGS) | {"budget": recipe.effort.model_dump(mode="json")}
     spent = Budget.model_validate(found["recipe"]["budget"])  # what it could not yet say is what it did by default
-    had = found["recipe"] | {"budget": spent.model_dump(mode="json")}
+    had = {"votes": 1} | found["recipe"] | {"budget": spent.model_dump(mode="json")}
     if other := [name for name, value in wanted.items() if had.get(name) != value]:
         raise ValueError(f"{path} was not measured by {row.recipe}.toml as it is now: {', '.join(other)} differ")
     bundle = Path(row.bundle) / "bundle.json"

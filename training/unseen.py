@@ -78,7 +78,7 @@ def requested(planner: Planner, subject: Subject, wanted: FurtherAttack) -> Atta
         return looking_natural(planner, subject, wanted, wanted.weight, threat)
     towards, look = {
         "pgd": (gradients.through, Work(looks=1)),
-        "bpda": (gradients.around, Work(bare=1, answers=1)),
+        "bpda": (gradients.around, Work(bare=defended.votes, answers=1)),
     }[wanted.attack]
     (attack,) = planner.climbs(
         wanted.name,

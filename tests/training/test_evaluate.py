@@ -33,7 +33,7 @@ from training.__main__ import main
 from training.attacks import by_foolbox, unrolled
 from training.budgets import BUDGETS, BudgetName, Effort, FurtherAttack
 from training.config import EvaluateRecipe, RecipeError
-from training.data import ImageSet
+from training.data import ImageSet, to_float
 from training.doubts import doubts
 from training.evaluate import Entry, aid_scores, cost, evaluate, measure, with_variants
 from training.evaluation import Evaluation, clean_work, every_level, head
@@ -195,6 +195,45 @@ def test_the_accuracy_of_a_random_defense_is_the_mean_over_its_draws(finished: W
         seeds = [derive_seed(evaluation.recipe.seed, "verdict", str(draw), index) for index in range(12)]
         answers = bundle.probabilities("atop", data.images.float() / 255, seed=seeds).argmax(1)
         assert torch.equal(clean[draw], answers == data.labels)
+
+
+def test_with_votes_what_is_judged_is_the_mean_of_several_draws(finished: Workshop, tmp_path: Path) -> None:
+    bundle, data = load_bundle(finished.bundle), color_set(12, seed=3)
+    evaluation = evaluation_of(bundle, data, tmp_path, votes=4, defenses=["atop", "zeropur"])
+    once = evaluation_of(bundle, data, tmp_path, defenses=["atop", "zeropur"])
+
+    static, atop, zeropur = evaluation.subjects()
+
+    assert [subject.defended.votes for subject in (static, atop, zeropur)] == [1, 4, 1]
+    seeds = evaluation.verdict_seeds(range(12), 0)
+    right = (
+        bundle.probabilities("atop", to_float(data.images, torch.device("cpu")), votes=4, seed=seeds).argmax(1)
+        == data.labels
+    )
+    assert torch.equal(evaluation.clean(atop, 12, 1)[0], right)
+    pairs = zip(evaluation.subjects(), once.subjects(), strict=True)
+    same = [evaluation.asked(now) == once.asked(then) for now, then in pairs]
+    assert same == [True, False, True]  # what draws nothing is not measured again
+
+
+def test_the_attacker_sees_the_mean_of_the_votes(finished: Workshop, tmp_path: Path) -> None:
+    asked = list[int]()
+    evaluation = evaluation_of(load_bundle(finished.bundle), color_set(4), tmp_path, votes=3, defenses=["atop"])
+    atop = evaluation.subjects()[1]
+    (purifier,) = atop.purifiers
+    purifier.register_forward_hook(lambda *_: asked.append(1))
+    attacks = {attack.name: attack for attack in every_level(evaluation.planner(), atop)}
+    _, images, labels = next(evaluation.batches(4))
+    effort = evaluation.recipe.effort.one_pass
+
+    for name, looks in (
+        ("bpda", (effort.bpda_steps + 1) * effort.bpda_draws),
+        ("full", (effort.full_steps + 1) * effort.full_draws),
+        ("fixed_look", effort.full_steps + 1),
+    ):
+        asked.clear()
+        attacks[name].run(images, labels, range(4))
+        assert len(asked) == 3 * looks
 
 
 @pytest.mark.parametrize(("right", "n"), [(73, 100), (0, 10), (10, 10), (359, 512)])
@@ -674,10 +713,10 @@ def test_variants_that_make_no_preset_are_refused(
         with_variants(bare_bundle(color_classifier(), CLASSES, SIDE), variants)
 
 
-def test_a_report_with_variants_or_further_attacks_is_not_written_into_the_bundle(
+def test_a_report_of_what_the_bundle_does_not_do_by_default_is_not_written_into_it(
     finished: Workshop, tmp_path: Path
 ) -> None:
-    for changes in ({"zeropur_variants": {"coarse": {"fine_steps": 0}}}, {"further": FURTHER}):
+    for changes in ({"zeropur_variants": {"coarse": {"fine_steps": 0}}}, {"further": FURTHER}, {"votes": 2}):
         with pytest.raises(RecipeError, match="--keep-report"):
             evaluate(recipe_with(**changes), finished.bundle, torch.device("cpu"), tmp_path)
 

@@ -184,6 +184,10 @@ def test_the_shipped_recipes_read_cifar10() -> None:
             "--recipe b.toml --bundle c/1 --transfer-from d/1 --transfer-from e",
         ),
         (
+            "--data FOLDER --defense atop --votes 8 --keep-report",
+            "--bundle models/bundles/cifar10/1 --data FOLDER --defense atop --votes 8 --keep-report",
+        ),
+        (
             "--recipe /home/somebody/b.toml --budget quick --defense atop --defense aid,atop",
             "--recipe b.toml --bundle models/bundles/cifar10/1 --budget quick --defense atop --defense aid,atop",
         ),

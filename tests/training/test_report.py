@@ -160,6 +160,13 @@ def test_a_defense_that_reads_attacked_images_better_than_clean_ones_is_explaine
     assert better_attacked({"grey_box": {}, "standard": row["standard"]}) == ""
 
 
+def test_votes_are_explained_where_there_are_several(finished: Workshop) -> None:
+    report = report_of(finished)
+    assert "is the mean of" not in page(report, {}, {})
+    report["recipe"]["votes"] = 8
+    assert "is the mean of 8 draws, for the attacker too" in page(report, {}, {})
+
+
 def test_the_histogram_names_what_it_shows() -> None:
     drawn = histogram({"clean": [0.9, 0.8], "pgd20": [0.1, 0.2]}, 0.5)
     for name in ("clean", "pgd20", "threshold"):

@@ -249,6 +249,9 @@ def test_a_report_by_another_recipe_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({**report(), "recipe": {**settings(), "seed": 1}}))
     with pytest.raises(ValueError, match=r"not measured by atop-7.toml as it is now: seed differ"):
         page([table()], kept)
+    path.write_text(json.dumps({**report(), "recipe": {**settings(), "votes": 8}}))
+    with pytest.raises(ValueError, match=r"not measured by atop-7.toml as it is now: votes differ"):
+        page([table()], kept)
 
 
 def test_a_report_of_another_state_of_the_bundle_is_refused(

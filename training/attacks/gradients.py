@@ -41,7 +41,10 @@ def through(
 def around(
     defended: DefendedClassifier, labels: Tensor, looks: Looks, *, draws: int, loss: Loss = cross_entropy
 ) -> Objective:
-    """BPDA: the real purifier forward, the identity backward, so the classifier's gradient at the purified image."""
+    """BPDA: the real purifier forward, the identity backward, so the classifier's gradient at the purified image.
+
+    A look is one vote, so it takes as many more of them.
+    """
     behind = classified(defended.classifier, labels, loss)
 
     def one_look(seeds: list[int]) -> Objective:
@@ -52,7 +55,7 @@ def around(
 
         return at
 
-    return averaged(one_look, looks, draws if defended.is_random else 1)
+    return averaged(one_look, looks, draws * defended.votes if defended.is_random else 1)
 
 
 def averaged(one_look: Callable[[list[int]], Objective], looks: Looks, draws: int) -> Objective:

@@ -1,4 +1,4 @@
-"""Looks at a defended classifier: each one is a draw of all its randomness, and none is that of the verdict.
+"""Looks at a defended classifier: each one is a draw of all its randomness, every vote's, and none is the verdict's.
 
 An image's draws belong to the image: they are the same alone and in any batch.
 """
@@ -39,7 +39,7 @@ class SameLook(Looks):
 
 def seen(defended: DefendedClassifier, seeds: Sequence[int]) -> Model:
     """One look: images to logits (N, K), differentiable."""
-    return lambda images: defended.vote(images, seeds, 0)
+    return lambda images: defended.answer(images, seeds)
 
 
 class Oracle(torch.nn.Module):
@@ -61,5 +61,5 @@ class Oracle(torch.nn.Module):
         self._calls += 1
         self.queries += len(images)
         looks = Looks(derive_seed(self.seed, "call", self._calls), range(len(images)))
-        answers = [self.defended.vote(images, looks.next(), 0) for _ in range(self.looks)]
+        answers = [self.defended.answer(images, looks.next()) for _ in range(self.looks)]
         return answers[0] if len(answers) == 1 else torch.stack(answers).softmax(2).mean(0).log()

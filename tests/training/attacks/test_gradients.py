@@ -68,6 +68,18 @@ def test_bpda_is_the_classifiers_gradient_at_the_purified_images() -> None:
     torch.testing.assert_close(same_value, value)
 
 
+def test_the_full_gradient_of_several_votes_is_that_of_their_mean() -> None:
+    several, seeds = DefendedClassifier(tiny_classifier(), [Noise()], votes=3), Looks(7, range(5)).next()
+
+    value, gradient = through(several, LABELS, Looks(7, range(5)), draws=1)(IMAGES)
+
+    images = IMAGES.clone().requires_grad_()
+    mean = torch.stack([several.vote(images, seeds, vote).softmax(1) for vote in range(3)]).mean(0)
+    (expected,) = torch.autograd.grad(F.nll_loss(mean.log(), LABELS, reduction="sum"), images)
+    torch.testing.assert_close(gradient, expected)
+    torch.testing.assert_close(value, margin(mean.detach().log(), LABELS))
+
+
 @pytest.mark.parametrize("way", [through, around])
 def test_every_step_looks_anew_and_a_deterministic_defense_once(way: Callable[..., Objective]) -> None:
     looks = Looks(7, range(5))
