@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.classifiers import Classifier
 from models.randomness import derive_seed, fresh_seeds
@@ -51,11 +54,13 @@ class DefendedClassifier(nn.Module):
         return self.answer(images, self.seeds_for(images))
 
     def answer(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Logits (N, K), all votes together; one seed per image fixes every draw."""
-        if self.votes == 1:
-            return self.vote(images, seeds, 0)
-        votes = [self.vote(images, seeds, vote).log_softmax(1) for vote in range(self.votes)]
-        return torch.stack(votes).logsumexp(0) - torch.tensor(self.votes).log()
+        """Logits (N, K), all votes together; one seed per image fixes every draw.
+
+        Whoever wants the gradient needs the memory of one vote: the others are computed again on the way back.
+        """
+        watched = self.votes > 1 and images.requires_grad and torch.is_grad_enabled()
+        vote = partial(checkpoint, self.vote, use_reentrant=False) if watched else self.vote
+        return together([vote(images, seeds, number) for number in range(self.votes)])
 
     def vote(self, images: Tensor, seeds: Sequence[int], vote: int) -> Tensor:
         """The logits of one draw of the defense's randomness."""
@@ -82,3 +87,10 @@ class DefendedClassifier(nn.Module):
         if len(self.seed) != len(images):
             raise ValueError(f"{len(self.seed)} seeds were given for {len(images)} images")
         return list(self.seed)
+
+
+def together(votes: Sequence[Tensor]) -> Tensor:
+    """The logarithm of the mean probabilities of several votes' logits, (N, K); a single vote stays as it is."""
+    if len(votes) == 1:
+        return votes[0]
+    return torch.stack([vote.log_softmax(1) for vote in votes]).logsumexp(0) - math.log(len(votes))

@@ -260,7 +260,7 @@ class EvaluateRecipe(Strict):
     budget: BudgetName | Budget = "standard"
     """A name (see `training/budgets.py`), or every number spelt out."""
     batch_size: PositiveInt = 64
-    votes: PositiveInt = 1
+    votes: Annotated[int, Field(ge=1, le=64)] = 1
     """Draws of a random defense that every answer is the mean of, as in a request; attacks see the mean too. Not for a
     bundle's own report, which is of one draw, as the service answers by default."""
     zeropur_variants: dict[RunName, dict[str, Any]] = Field(default_factory=dict)

@@ -103,8 +103,9 @@ def stuck_logits(defended: DefendedClassifier, images: Tensor, labels: Tensor, s
     """The logits that decide must move with the image: clipped or rounded ones do not.
 
     The loss may hide it, because it has a gradient as long as any logit does. A class whose logit is the same for every
-    image is no sign of it.
+    image is no sign of it. It is asked for one vote, since the mean of several has no logits of its own.
     """
+    defended = DefendedClassifier(defended.classifier, list(defended.chain))  # type: ignore[arg-type]
     looks, found = Looks(seed, range(len(images))), list[str]()
     with torch.no_grad():
         logits = defended.answer(images, looks.next())

@@ -19,7 +19,7 @@ KNOWS_THE_DEFENSE = {
     r"full": "the exact gradient through transform, purifier and classifier, a mean over draws",
     r"apgd_ce": "Auto-PGD through everything, up the cross-entropy: its steps shrink as it needs",
     r"apgd_dlr": "Auto-PGD through everything, up the ratio of differences of logits",
-    r"fixed_look": "the exact gradient of one draw of the randomness, always the same",
+    r"fixed_look": "the exact gradient of one answer, its randomness always the same",
     r"aware_aid_.*": "fools the classifier while AID sees a natural image",
     r"aware_zeropur_.*": "fools the classifier where blurring changes nothing that ZeroPur could follow",
     r"past_gate": "passes the gate of auto, and fools what stands behind it for natural images",

@@ -47,7 +47,10 @@ def pictures(
     adversarial: Tensor,
     looks: Looks,
 ) -> list[Picture]:
-    """The stages of a few images (N, 3, H, W); the labels are those that the bare classifier and the defense read."""
+    """The stages of a few images (N, 3, H, W); the labels are those that the classifier reads in each.
+
+    Of several votes the first is shown.
+    """
     seeds = looks.next()
     with torch.no_grad():
         purified = defended.purify(adversarial, seeds)

@@ -207,7 +207,7 @@ class Planner:
             )
         chain = subject.purifiers
         if len(chain) == 1 and isinstance(chain[0], GatePurifier):  # `auto` always stands alone
-            found += self.past(chain[0], effort)
+            found += self.past(chain[0], effort, defended.votes)
             chain = list(chain[0].strong)  # an image may also stay a suspect, and beat what suspects meet
         for purifier in chain:
             for weight in effort.aware_weights:
@@ -243,9 +243,9 @@ class Planner:
             return for_all_that_have(purifier, found)
         return []
 
-    def past(self, gate: GatePurifier, effort: Effort) -> list[Attack]:
+    def past(self, gate: GatePurifier, effort: Effort, votes: int) -> list[Attack]:
         """An image that AID finds natural passes the gate, and meets the cheap chain alone."""
-        passed = DefendedClassifier(self.classifier, list(gate.cheap))  # type: ignore[arg-type]
+        passed = DefendedClassifier(self.classifier, list(gate.cheap), votes=votes)  # type: ignore[arg-type]
         draws = effort.full_draws if passed.is_random else 1
         return self.climbs(
             "past_gate",
@@ -253,7 +253,7 @@ class Planner:
             effort,
             effort.aware_steps,
             lambda labels, looks: gradients.past_the_gate(gate, passed, labels, looks, draws=draws),
-            Work(bare=2, answers=0),
+            Work(bare=1 + passed.votes, answers=0),
             draws=draws,
         )
 

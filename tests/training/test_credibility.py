@@ -137,6 +137,12 @@ def test_nothing_is_said_against_the_gradients_of_our_defenses(defense: str) -> 
     assert said_of(bundle.defended(defense)) == ""
 
 
+def test_nothing_is_said_against_the_mean_of_several_votes() -> None:
+    bundle = tiny_bundle()
+    sensitive(bundle.classifier, IMAGES)
+    assert said_of(bundle.defended("atop:rt2", votes=3)) == ""
+
+
 @pytest.mark.parametrize("defense", ["atop:rt1", "aid"])
 @pytest.mark.parametrize("steps", [2, 8])
 def test_the_passes_that_a_forecast_counts_are_those_that_are_made(
@@ -196,6 +202,22 @@ def test_logits_that_are_clipped_at_the_top_are_found_out(quantile: float) -> No
     reached = float((largest > limit).float().mean())
     assert f"the logit of the own class has no gradient for {reached:.0%} of the images" in said
     assert "input gradients are exactly zero" not in said
+
+
+class Trembling(nn.Module):
+    """A purifier that adds a little noise."""
+
+    is_random = True
+
+    def forward(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        return images + 1e-4 * normal(seeds, images.shape[1:], images.device)
+
+
+def test_a_clip_is_found_out_behind_several_votes() -> None:
+    """The mean of probabilities has no clipped logits: its logarithm moves with any of them."""
+    limit = float(smooth_classifier(4)(IMAGES).detach().amax(1).median())
+    said = said_of(DefendedClassifier(clipped(limit).classifier, [Trembling()], votes=3))
+    assert "the logit of the own class has no gradient" in said
 
 
 def test_a_clip_that_no_logit_reaches_is_no_reason_to_doubt() -> None:

@@ -29,6 +29,7 @@ from tests.fakes import bare_bundle, color_classifier, linear_classifier, linear
 from tests.networks import with_auto
 from tests.training.tiny import CLASSES, RECIPES, SIDE, Workshop, color_set
 from training import credibility
+from training import unseen as planning_unseen
 from training.__main__ import main
 from training.attacks import by_foolbox, unrolled
 from training.budgets import BUDGETS, BudgetName, Effort, FurtherAttack
@@ -216,24 +217,56 @@ def test_with_votes_what_is_judged_is_the_mean_of_several_draws(finished: Worksh
     assert same == [True, False, True]  # what draws nothing is not measured again
 
 
-def test_the_attacker_sees_the_mean_of_the_votes(finished: Workshop, tmp_path: Path) -> None:
-    asked = list[int]()
-    evaluation = evaluation_of(load_bundle(finished.bundle), color_set(4), tmp_path, votes=3, defenses=["atop"])
-    atop = evaluation.subjects()[1]
-    (purifier,) = atop.purifiers
-    purifier.register_forward_hook(lambda *_: asked.append(1))
-    attacks = {attack.name: attack for attack in every_level(evaluation.planner(), atop)}
-    _, images, labels = next(evaluation.batches(4))
-    effort = evaluation.recipe.effort.one_pass
+def test_findings_of_several_votes_are_not_those_of_one(finished: Workshop, tmp_path: Path) -> None:
+    bundle, data = load_bundle(finished.bundle), color_set(8)
+    several, one = (evaluation_of(bundle, data, tmp_path, votes=votes, defenses=["atop"]) for votes in (3, 1))
+    for evaluation in (several, one):
+        measure(evaluation, evaluation.subjects()[1])  # clean images, attacks, curves and checks
+    assert several.used
+    assert several.used.keys().isdisjoint(one.used)
 
-    for name, looks in (
-        ("bpda", (effort.bpda_steps + 1) * effort.bpda_draws),
-        ("full", (effort.full_steps + 1) * effort.full_draws),
-        ("fixed_look", effort.full_steps + 1),
-    ):
+
+def votes_asked(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """The numbers of the votes for which a defense purifies from now on."""
+    purify, asked = DefendedClassifier.purify, set[int]()
+
+    def recorded(self: DefendedClassifier, images: Tensor, seeds: Sequence[int], vote: int = 0) -> Tensor:
+        asked.add(vote)
+        return purify(self, images, seeds, vote)
+
+    monkeypatch.setattr(DefendedClassifier, "purify", recorded)
+    return asked
+
+
+def test_every_attack_on_a_defense_of_several_votes_asks_for_them_all(
+    finished: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    effort = {**RECIPES["evaluate"]["budget"]["one_pass"], "square_queries": 2, "apgd_steps": 2, "unseen": True}
+    budget = {**RECIPES["evaluate"]["budget"], "one_pass": effort}
+    bundle = load_bundle(finished.bundle)
+    evaluation = evaluation_of(bundle, color_set(4), tmp_path, votes=3, defenses=["atop"], budget=budget)
+    monkeypatch.setattr(planning_unseen, "STADV_STEPS", 1)
+    atop, asked = evaluation.subjects()[1], votes_asked(monkeypatch)
+    attacks = [attack for attack in every_level(evaluation.planner(), atop) if attack.level != "L1"]
+    assert {"bpda", "full", "apgd_ce", "fixed_look", "square", "known_seed", "stadv"} <= {one.name for one in attacks}
+    _, images, labels = next(evaluation.batches(4))
+
+    for attack in attacks:
         asked.clear()
-        attacks[name].run(images, labels, range(4))
-        assert len(asked) == 3 * looks
+        attack.run(images, labels, range(4))
+        assert asked == {0, 1, 2}, attack.name
+
+
+def test_an_image_past_the_gate_meets_every_vote_of_the_cheap_chain(
+    finished: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = with_auto(load_bundle(finished.bundle), 0.5, cheap="atop")
+    evaluation = evaluation_of(bundle, color_set(4), tmp_path, votes=3, defenses=["auto"])
+    attacks = {attack.name: attack for attack in every_level(evaluation.planner(), evaluation.subjects()[1])}
+    _, images, labels = next(evaluation.batches(4))
+    asked = votes_asked(monkeypatch)
+    attacks["past_gate"].run(images, labels, range(4))
+    assert asked == {0, 1, 2}
 
 
 @pytest.mark.parametrize(("right", "n"), [(73, 100), (0, 10), (10, 10), (359, 512)])

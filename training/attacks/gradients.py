@@ -16,7 +16,7 @@ from torch import Tensor
 from models.aid import Aid
 from models.blur import blur
 from models.classifiers import Classifier
-from models.defense import DefendedClassifier
+from models.defense import DefendedClassifier, together
 from models.gate import GatePurifier
 from models.manifest import ZeroPurPreset
 from models.zeropur import compared, cosines
@@ -41,21 +41,18 @@ def through(
 def around(
     defended: DefendedClassifier, labels: Tensor, looks: Looks, *, draws: int, loss: Loss = cross_entropy
 ) -> Objective:
-    """BPDA: the real purifier forward, the identity backward, so the classifier's gradient at the purified image.
-
-    A look is one vote, so it takes as many more of them.
-    """
-    behind = classified(defended.classifier, labels, loss)
+    """BPDA: the real purifier forward, the identity backward, so the classifier's gradient at the purified images."""
 
     def one_look(seeds: list[int]) -> Objective:
-        def at(images: Tensor) -> tuple[Tensor, Tensor]:
+        def answer(images: Tensor) -> Tensor:
             with torch.no_grad():
-                purified = defended.purify(images, seeds)
-            return behind(purified)
+                purified = [defended.purify(images.detach(), seeds, vote) for vote in range(defended.votes)]
+            identity = images - images.detach()  # zero, with the gradient of one
+            return together([defended.classifier(each + identity) for each in purified])
 
-        return at
+        return classified(answer, labels, loss)
 
-    return averaged(one_look, looks, draws * defended.votes if defended.is_random else 1)
+    return averaged(one_look, looks, draws if defended.is_random else 1)
 
 
 def averaged(one_look: Callable[[list[int]], Objective], looks: Looks, draws: int) -> Objective:

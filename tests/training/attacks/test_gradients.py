@@ -80,6 +80,19 @@ def test_the_full_gradient_of_several_votes_is_that_of_their_mean() -> None:
     torch.testing.assert_close(value, margin(mean.detach().log(), LABELS))
 
 
+def test_bpda_of_several_votes_is_the_gradient_of_their_mean_at_the_purified_images() -> None:
+    several, seeds = DefendedClassifier(tiny_classifier(), [Noise()], votes=3), Looks(7, range(5)).next()
+
+    value, gradient = around(several, LABELS, Looks(7, range(5)), draws=1)(IMAGES)
+
+    shift = torch.zeros_like(IMAGES, requires_grad=True)
+    purified = [several.purify(IMAGES, seeds, vote) for vote in range(3)]
+    mean = torch.stack([several.classifier(each + shift).softmax(1) for each in purified]).mean(0)
+    (expected,) = torch.autograd.grad(F.nll_loss(mean.log(), LABELS, reduction="sum"), shift)
+    torch.testing.assert_close(gradient, expected)
+    torch.testing.assert_close(value, margin(mean.detach().log(), LABELS))
+
+
 @pytest.mark.parametrize("way", [through, around])
 def test_every_step_looks_anew_and_a_deterministic_defense_once(way: Callable[..., Objective]) -> None:
     looks = Looks(7, range(5))
