@@ -28,8 +28,7 @@ from models.randomness import derive_seed, normal
 from tests.fakes import bare_bundle, color_classifier, linear_classifier, linear_problem, smooth_classifier
 from tests.networks import with_auto
 from tests.training.tiny import CLASSES, RECIPES, SIDE, Workshop, color_set
-from training import credibility
-from training import unseen as planning_unseen
+from training import credibility, unseen
 from training.__main__ import main
 from training.attacks import by_foolbox, unrolled
 from training.budgets import BUDGETS, BudgetName, Effort, FurtherAttack
@@ -207,11 +206,9 @@ def test_with_votes_what_is_judged_is_the_mean_of_several_draws(finished: Worksh
 
     assert [subject.defended.votes for subject in (static, atop, zeropur)] == [1, 4, 1]
     seeds = evaluation.verdict_seeds(range(12), 0)
-    right = (
-        bundle.probabilities("atop", to_float(data.images, torch.device("cpu")), votes=4, seed=seeds).argmax(1)
-        == data.labels
-    )
-    assert torch.equal(evaluation.clean(atop, 12, 1)[0], right)
+    images = to_float(data.images, torch.device("cpu"))
+    answers = bundle.probabilities("atop", images, votes=4, seed=seeds).argmax(1)
+    assert torch.equal(evaluation.clean(atop, 12, 1)[0], answers == data.labels)
     pairs = zip(evaluation.subjects(), once.subjects(), strict=True)
     same = [evaluation.asked(now) == once.asked(then) for now, then in pairs]
     assert same == [True, False, True]  # what draws nothing is not measured again
@@ -245,7 +242,7 @@ def test_every_attack_on_a_defense_of_several_votes_asks_for_them_all(
     budget = {**RECIPES["evaluate"]["budget"], "one_pass": effort}
     bundle = load_bundle(finished.bundle)
     evaluation = evaluation_of(bundle, color_set(4), tmp_path, votes=3, defenses=["atop"], budget=budget)
-    monkeypatch.setattr(planning_unseen, "STADV_STEPS", 1)
+    monkeypatch.setattr(unseen, "STADV_STEPS", 1)
     atop, asked = evaluation.subjects()[1], votes_asked(monkeypatch)
     attacks = [attack for attack in every_level(evaluation.planner(), atop) if attack.level != "L1"]
     assert {"bpda", "full", "apgd_ce", "fixed_look", "square", "known_seed", "stadv"} <= {one.name for one in attacks}

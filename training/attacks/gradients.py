@@ -47,7 +47,7 @@ def around(
         def answer(images: Tensor) -> Tensor:
             with torch.no_grad():
                 purified = [defended.purify(images.detach(), seeds, vote) for vote in range(defended.votes)]
-            identity = images - images.detach()  # zero, with the gradient of one
+            identity = images - images.detach()  # zero, whose derivative is one
             return together([defended.classifier(each + identity) for each in purified])
 
         return classified(answer, labels, loss)
