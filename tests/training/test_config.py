@@ -10,8 +10,10 @@ from pydantic import ValidationError
 from tests.fakes import color_classifier
 from tests.training.tiny import DATA, INPAINTER, MAE, RECIPES, SIDE, TRANSFORM, write_recipe
 from training.__main__ import RECIPES as KINDS
+from training.budgets import Effort
 from training.config import (
     ClassifierRecipe,
+    EvaluateRecipe,
     ExportRecipe,
     FinetuneRecipe,
     RecipeError,
@@ -171,3 +173,14 @@ def test_recipes_are_frozen() -> None:
     recipe = ClassifierRecipe.model_validate(RECIPES["train-classifier"])
     with pytest.raises(ValidationError, match="frozen"):
         recipe.lr = 1.0  # type: ignore[misc]
+
+
+def test_a_budget_without_efforts_is_for_grey_box_numbers_alone() -> None:
+    few = {"clean_images": 4, "grey_box_images": 4, "costly_images": 4}
+    fields = {**RECIPES["evaluate"], "budget": few}
+    EvaluateRecipe.model_validate({**fields, "defenses": ["none"], "grey_box_only": ["atop"]})
+    for defenses in (["atop"], []):
+        with pytest.raises(ValidationError, match="needs one_pass and descending"):
+            EvaluateRecipe.model_validate({**fields, "defenses": defenses})
+    with pytest.raises(ValidationError, match="full_steps need full_draws"):
+        Effort(images=2, full_steps=3)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import re
 from html.parser import HTMLParser
 from typing import Any
@@ -17,6 +16,7 @@ from PIL import Image
 from models import load_bundle, transforms
 from models.atop import AtopPurifier
 from tests.networks import SIZE, tiny_bundle
+from tests.training.evaluations import report_of
 from tests.training.tiny import Workshop
 from training.attacks.looks import Looks
 from training.budgets import BUDGETS
@@ -24,13 +24,9 @@ from training.evaluation import every_level
 from training.glossary import what_it_does
 from training.pictures import data_url, magnified, pictures
 from training.plan import Planner
-from training.report import better_attacked, curve, histogram, page
+from training.report import below, better_attacked, curve, histogram, page, table
+from training.statistics import binomial
 from training.subject import Subject
-
-
-def report_of(workshop: Workshop) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads((workshop.bundle / "report.json").read_text())
-    return report
 
 
 def page_of(workshop: Workshop) -> str:
@@ -225,3 +221,28 @@ def test_every_field_of_a_picture_is_on_the_page(finished: Workshop) -> None:
     text = page_of(finished)
     shown = len(re.findall(r'alt="original"', text))
     assert shown == 4 * 4  # four defenses, the four images of a batch
+
+
+def test_a_gate_names_every_defense_that_is_too_weak_or_not_credible() -> None:
+    strong = {"worst_case": binomial(50, 100), "credible": True, "reasons": []}
+    doubted = {**strong, "credible": False, "reasons": ["its gradient is zero"]}
+    report = {"defenses": {"a": strong, "b": doubted}, "grey_box_only": {}, "recipe": {"grey_box_only": []}}
+    assert below(report, 0.5) == ["b: not credible: its gradient is zero"]
+    assert below(report, 0.6)[:2] == [
+        "a: the worst case is 0.5000, below 0.6",
+        "b: the worst case is 0.5000, below 0.6",
+    ]
+    assert below({**report, "defenses": {"a": strong}}, 0.5) == []
+
+
+def test_a_gate_is_not_passed_by_what_was_not_measured() -> None:
+    strong = {"worst_case": binomial(50, 100), "credible": True, "reasons": []}
+    beside = {"grey_box_only": {"b": {}, "c": {}}, "recipe": {"grey_box_only": ["c"]}}
+    assert below({"defenses": {"a": strong}, **beside}, 0.5) == ["b: no attack that knows it was run"]
+    nothing = {"defenses": {}, "grey_box_only": {"c": {}}, "recipe": {"grey_box_only": ["c"]}}
+    assert below(nothing, 0.5) == ["no defense has a worst case in this report"]
+
+
+def test_a_table_without_detection_has_no_line_for_it(finished: Workshop) -> None:
+    report = {key: value for key, value in report_of(finished).items() if key != "detection"}
+    assert "AUROC" not in table(report)
