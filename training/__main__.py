@@ -22,6 +22,7 @@ from training.config import (
     FinetuneRecipe,
     PretrainRecipe,
     RecipeError,
+    neighbors,
     read_recipe,
     recipe_of,
 )
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def recipe_for(options: argparse.Namespace, instead: dict[str, Any]) -> Strict:
-    """The recipe's file, or for `evaluate` without one what the bundle says of itself.
+    """The recipe's file, or for `evaluate` without one what the bundle and its neighbors say of themselves.
 
     Raises RecipeError, and BundleError for a bundle that cannot be read.
     """
@@ -73,6 +74,8 @@ def recipe_for(options: argparse.Namespace, instead: dict[str, Any]) -> Strict:
         return read_recipe(options.recipe, RECIPES[options.command], data_source=options.data, **instead)
     if options.data is None:
         raise RecipeError("evaluate needs --recipe FILE, or --data FOLDER for every defense of the bundle")
+    if instead["transfer_from"] is None:
+        instead["transfer_from"] = neighbors(options.bundle)
     return recipe_of(read_manifest(options.bundle), options.data, **instead)
 
 
@@ -106,7 +109,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                 "--transfer-from",
                 action="append",
                 metavar="BUNDLE",
-                help="another bundle on disk, whose classifier's adversarial images are tried too; repeatable",
+                help="another bundle on disk, whose classifier's adversarial images are tried too; repeatable; without "
+                "it and without a recipe every other one beside it",
             )
             command.add_argument(
                 "--votes", type=int, help="draws that an answer of a random defense averages; needs --keep-report"

@@ -8,7 +8,9 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from models.manifest import Strict
 
-GreyBoxName = Annotated[str, Field(pattern=r"^(fgsm|pgd[1-9][0-9]{0,3}(_l2)?|pgd_l2|mim|deepfool|cw|di2|autoattack)$")]
+GreyBoxName = Annotated[
+    str, Field(pattern=r"^(fgsm|pgd[1-9][0-9]{0,3}(_l2)?|pgd_l2|mim|deepfool|cw|cw20|di2|autoattack)$")
+]
 """An attack on the classifier alone; `pgd20` and `pgd20_l2` have their number of steps, `pgd_l2` is the latter."""
 BudgetName = Literal["quick", "standard", "paper"]
 
@@ -72,6 +74,8 @@ class Effort(Strict):
     """Draws that the gradient of a random defense is averaged over; the curve shows whether EOT has enough of them."""
     unseen: bool = False
     """Whether level L6 is run: another norm, larger and smaller budgets, moved pixels, a known seed."""
+    unseen_images: PositiveInt | None = None
+    """How many of the images L6 attacks, if not all."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -103,6 +107,8 @@ class Budget(Strict):
     """For defenses that descend at test time, each answer of which costs a hundred passes."""
 
 
+FAR_EPS = (0.25, 0.5, 1.0, 1.5, 2.0, 4.0, 8.0)
+"""Shares of the evaluation's eps, up to where nothing should be left."""
 BUDGETS: dict[BudgetName, Budget] = {
     "quick": Budget(
         clean_images=512,
@@ -118,9 +124,9 @@ BUDGETS: dict[BudgetName, Budget] = {
             apgd_steps=15,
             apgd_draws=4,
             square_queries=50,
-            aware_steps=10,
+            aware_steps=100,
             curve_images=12,
-            curve_eps=(0.5, 1.0, 2.0),
+            curve_eps=(0.5, 1.0, 2.0, 8.0),
         ),
         descending=Effort(
             images=12,
@@ -131,7 +137,7 @@ BUDGETS: dict[BudgetName, Budget] = {
             apgd_steps=6,
             apgd_draws=1,
             square_queries=8,
-            aware_steps=20,
+            aware_steps=100,
             iterate_steps=3,
         ),
     ),
@@ -150,8 +156,9 @@ BUDGETS: dict[BudgetName, Budget] = {
             apgd_steps=50,
             apgd_draws=10,
             square_queries=1000,
-            aware_steps=50,
+            aware_steps=200,
             curve_images=128,
+            curve_eps=FAR_EPS,
             curve_steps=(1, 5, 10, 20, 50, 100),
             curve_draws=(1, 5, 20),
             unseen=True,
@@ -165,9 +172,10 @@ BUDGETS: dict[BudgetName, Budget] = {
             apgd_steps=20,
             apgd_draws=1,
             square_queries=50,
-            aware_steps=50,
+            aware_steps=200,
             aware_weights=(0.1, 1.0, 10.0),
             curve_images=32,
+            curve_eps=FAR_EPS,
             iterate_steps=20,
             smooth_steps=10,
             unseen=True,
@@ -188,8 +196,9 @@ BUDGETS: dict[BudgetName, Budget] = {
             apgd_steps=100,
             apgd_draws=20,
             square_queries=5000,
-            aware_steps=100,
+            aware_steps=400,
             curve_images=512,
+            curve_eps=FAR_EPS,
             curve_steps=(1, 5, 10, 20, 50, 100, 200, 400),
             curve_draws=(1, 5, 20, 50),
             unseen=True,
@@ -203,9 +212,10 @@ BUDGETS: dict[BudgetName, Budget] = {
             apgd_steps=100,
             apgd_draws=20,
             square_queries=5000,
-            aware_steps=100,
+            aware_steps=400,
             aware_weights=(0.01, 0.1, 1.0, 10.0, 100.0),
             curve_images=128,
+            curve_eps=FAR_EPS,
             curve_steps=(1, 5, 10, 20, 50, 100, 200),
             iterate_steps=100,
             smooth_steps=100,

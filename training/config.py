@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from models.bundle import BundleError, read_manifest
 from models.classifiers import ARCHITECTURES, Classifier
 from models.manifest import (
     AidPreset,
@@ -331,6 +332,24 @@ def recipe_of(manifest: Manifest, data_source: str, **instead: object) -> Evalua
         raise RecipeError(f"{manifest.name}@{manifest.version} takes images of {width}x{height}, and data are square")
     data = {"name": manifest.name, "input_size": width, **trained_on(manifest), "source": data_source}
     return valid({"data": data}, EvaluateRecipe, f"{manifest.name}@{manifest.version}", instead)
+
+
+def neighbors(directory: Path) -> tuple[str, ...]:
+    """The other bundles of a bundle's repository that know the same classes in images of the same size, by their paths.
+
+    Of several versions it is the newest. What cannot be read as a bundle is passed over.
+    """
+    manifest, newest = read_manifest(directory), dict[str, tuple[int, Path]]()
+    for path in sorted(directory.resolve().parent.parent.glob("*/*/bundle.json")):
+        try:
+            other = read_manifest(path.parent)
+        except BundleError:
+            continue
+        same = (other.classes, other.input_size) == (manifest.classes, manifest.input_size)
+        if same and other.name != manifest.name:
+            found = (int(other.version), path.parent)
+            newest[other.name] = max(found, newest.get(other.name, found))
+    return tuple(str(path) for _, path in newest.values())
 
 
 def trained_on(manifest: Manifest) -> Mapping[str, object]:

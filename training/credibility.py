@@ -6,6 +6,7 @@ looks robust to every attack that follows it. Each check returns one sentence pe
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Mapping, Sequence
 
@@ -105,7 +106,8 @@ def stuck_logits(defended: DefendedClassifier, images: Tensor, labels: Tensor, s
     The loss may hide it, because it has a gradient as long as any logit does. A class whose logit is the same for every
     image is no sign of it. It is asked for one vote, since the mean of several has no logits of its own.
     """
-    defended = DefendedClassifier(defended.classifier, list(defended.chain))  # type: ignore[arg-type]
+    defended = copy.copy(defended)  # itself, for it may do something to its logits behind the classifier
+    defended.votes = 1
     looks, found = Looks(seed, range(len(images))), list[str]()
     with torch.no_grad():
         logits = defended.answer(images, looks.next())

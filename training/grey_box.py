@@ -21,6 +21,8 @@ PGD_STEP = 1 / 4
 L2_EPS, L2_STEP, L2_STEPS = 0.5, 0.05, 20
 DI2_STEPS = 10
 CW_STEPS = 100
+CW20_EPS = 3.0
+"""Of the l2 ball that AID's authors cut their C&W off at."""
 AUTOATTACK_PASSES = 1000
 """A guess: an image that withstands it takes some 4,000, one that does not a hundred."""
 
@@ -41,7 +43,10 @@ class GreyBox:
 
 
 def attack(name: str, classifier: Classifier, *, eps: float, seed: int) -> GreyBox:
-    """The attack of that name (a `GreyBoxName`): l-inf bound `eps`, `pgdN_l2` 0.5 in l2, `cw` without a bound."""
+    """The attack of that name (a `GreyBoxName`): l-inf bound `eps`, `pgdN_l2` 0.5 in l2, `cw` without a bound.
+
+    `cw20` is that of AID's released code: a constant of 0.01, 20 steps, cut off at an l2 of 3.
+    """
     threat, step_size = Linf(eps), PGD_STEP * eps
 
     def seeded(numbers: Sequence[int]) -> None:
@@ -67,6 +72,10 @@ def attack(name: str, classifier: Classifier, *, eps: float, seed: int) -> GreyB
     def cw(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
         return by_foolbox.foolbox_cw(classifier, images, labels, steps=CW_STEPS)
 
+    def cw20(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
+        moved = by_foolbox.foolbox_cw(classifier, images, labels, steps=20, c=0.01)
+        return L2(CW20_EPS).project(moved, images)
+
     def di2(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
         objective = classified(classifier, labels)
         climbed = diverse(objective, generator_for(seed, "di2", numbers[0]))
@@ -80,6 +89,7 @@ def attack(name: str, classifier: Classifier, *, eps: float, seed: int) -> GreyB
         "mim": GreyBox(mim, threat, 40, {"steps": 40, "step_size": 0.003}),
         "deepfool": GreyBox(deepfool, threat, 20 * 10, {"steps": 20}),
         "cw": GreyBox(cw, None, CW_STEPS, {"steps": CW_STEPS, "step_size": 0.01, "c": 1.0}),
+        "cw20": GreyBox(cw20, L2(CW20_EPS), 20, {"eps": CW20_EPS, "steps": 20, "step_size": 0.01, "c": 0.01}),
         "di2": GreyBox(di2, threat, DI2_STEPS, {"steps": DI2_STEPS, "step_size": eps / 8}),
         "autoattack": GreyBox(autoattack, threat, AUTOATTACK_PASSES, {"version": "standard"}),
     }

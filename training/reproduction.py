@@ -14,7 +14,7 @@ import json
 import shutil
 import sys
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -181,7 +181,7 @@ def section(table: Table, kept: Path) -> list[str]:
     if table.remark:
         lines += ["", table.remark]
     folded = "<details><summary>Commands, seeds, machines and commits</summary>"
-    return [*lines, "", folded, "", *commands(table, rows, reports), "", "</details>"]
+    return [*lines, "", folded, "", *commands(table, reports), "", "</details>"]
 
 
 def evaluated_in_papers_size(table: Table, kept: Path) -> dict[str, Row]:
@@ -251,24 +251,28 @@ def order(larger: Mapping[str, Any], smaller: Mapping[str, Any]) -> str:
     return FAILS if larger["interval"][1] < smaller["interval"][0] else OPEN
 
 
-def commands(table: Table, rows: Sequence[Row], reports: Reports) -> list[str]:
-    """How the bundles are made and evaluated, and on which machine that was."""
+def commands(table: Table, reports: Reports) -> list[str]:
+    """How the bundles are made and evaluated, and on which machine that was; then so with the paper's networks."""
     lines = [f"- `{command}`" for command in table.made_by]
-    for row in {row.report: row for row in rows}.values():
-        report = reports[row.report]
-        where = NOT_RUN
-        if report is not None:
-            recipe = report["recipe"]
-            hardware, minutes = recipe["hardware"], recipe["attacks_s"] / 60
-            threads = f"{hardware['threads']} thread{'s' if hardware['threads'] > 1 else ''}"
-            machine = hardware["gpu"] or f"{threads} of {hardware['cpu']}"
-            where = f"seed {recipe['seed']}, {machine}, {minutes:.0f} minutes, commit {recipe['git_commit'][:12]}"
-            where += f"; {report['note']}" if "note" in report else ""
-        lines += [f"- `evaluate reproduction/{row.recipe}.toml --bundle {row.bundle} --keep-report`: {where}"]
+    lines += [evaluated(row, reports) for row in {row.report: row for row in table.rows}.values()]
     if table.paper_size:
         steps = ", ".join(f"`{command}`" for command in table.paper_size)
-        lines += [f"- In the paper's size, for a GPU: {steps}; what was evaluated of it has rows above."]
-    return lines
+        lines += [f"- In the paper's size, for a GPU, what was evaluated having rows above: {steps}"]
+    grown = [each for row in table.rows if (each := row.in_papers_size()) is not None]
+    return lines + [evaluated(row, reports) for row in {row.report: row for row in grown}.values()]
+
+
+def evaluated(row: Row, reports: Reports) -> str:
+    """The command that measures a row, and how it was done."""
+    report, where = reports.get(row.report), NOT_RUN
+    if report is not None:
+        recipe = report["recipe"]
+        hardware, minutes = recipe["hardware"], recipe["attacks_s"] / 60
+        threads = f"{hardware['threads']} thread{'s' if hardware['threads'] > 1 else ''}"
+        machine = hardware["gpu"] or f"{threads} of {hardware['cpu']}"
+        where = f"seed {recipe['seed']}, {machine}, {minutes:.0f} minutes, commit {recipe['git_commit'][:12]}"
+        where += f"; {report['note']}" if "note" in report else ""
+    return f"- `evaluate reproduction/{row.recipe}.toml --bundle {row.bundle} --keep-report`: {where}"
 
 
 def report_of(kept: Path, row: Row) -> dict[str, Any] | None:

@@ -27,6 +27,7 @@ def unseen(planner: Planner, subject: Subject) -> list[Attack]:
     effort, defended = planner.effort(subject), subject.defended
     if not effort.unseen:
         return []
+    effort = effort.model_copy(update={"images": min(effort.images, effort.unseen_images or effort.images)})
 
     def climb(name: str, threat: Threat, kind: type[Looks] = Looks) -> list[Attack]:
         draws = planner.draws(subject, effort.full_draws) if kind is Looks else 1

@@ -220,6 +220,31 @@ def test_a_clip_is_found_out_behind_several_votes() -> None:
     assert "the logit of the own class has no gradient" in said
 
 
+class ClippedAnswer(DefendedClassifier):
+    """A defense that clips what its classifier says, vote by vote or at the very end."""
+
+    where = "vote"
+
+    def limited(self, logits: Tensor) -> Tensor:
+        limit = float(smooth_classifier(4)(IMAGES).detach().amax(1).median())
+        return logits.clamp(-limit, limit)
+
+    def vote(self, images: Tensor, seeds: Sequence[int], vote: int) -> Tensor:
+        logits = super().vote(images, seeds, vote)
+        return self.limited(logits) if self.where == "vote" else logits
+
+    def answer(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        logits = super().answer(images, seeds)
+        return self.limited(logits) if self.where == "answer" else logits
+
+
+@pytest.mark.parametrize("where", ["vote", "answer"])
+def test_a_clip_is_found_out_behind_the_classifier(where: str) -> None:
+    defended = ClippedAnswer(smooth_classifier(4).requires_grad_(False), [])
+    defended.where = where
+    assert "the logit of the own class has no gradient for 50% of the images" in said_of(defended)
+
+
 def test_a_clip_that_no_logit_reaches_is_no_reason_to_doubt() -> None:
     assert "no gradient" not in said_of(clipped(1.0))
 

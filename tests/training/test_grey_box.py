@@ -14,7 +14,7 @@ IMAGES = 0.2 + 0.6 * torch.rand(6, 3, SIZE, SIZE, generator=torch.Generator().ma
 
 
 @pytest.mark.parametrize(
-    "name", ["fgsm", "pgd3", "pgd20", "mim", "deepfool", "cw", "di2", "pgd_l2", "pgd5_l2", "autoattack"]
+    "name", ["fgsm", "pgd3", "pgd20", "mim", "deepfool", "cw", "cw20", "di2", "pgd_l2", "pgd5_l2", "autoattack"]
 )
 def test_every_attack_repeats_keeps_to_its_threat_and_raises_the_loss(name: str) -> None:
     classifier = sensitive(tiny_classifier(), IMAGES)

@@ -141,6 +141,32 @@ def test_evaluate_without_a_recipe_takes_every_defense_on_the_data_that_the_bund
     assert "--data" in capsys.readouterr().err
 
 
+def test_without_a_recipe_the_newest_bundles_beside_it_are_transferred_from(
+    finished: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository, manifest = tmp_path / "bundles", json.loads((finished.bundle / "bundle.json").read_text())
+
+    def add(folder: str, **changes: object) -> Path:
+        (repository / folder).mkdir(parents=True)
+        text = json.dumps({**manifest, "name": Path(folder).parent.name, "version": Path(folder).name, **changes})
+        (repository / folder / "bundle.json").write_text(text)
+        return repository / folder
+
+    bundle = add("colors/1")
+    add("colors/2")
+    add("other/9")
+    newest = add("other/10")
+    add("larger/1", input_size=[16, 16])
+    add("animals/1", classes=["cat", "dog", "owl"])
+    (add("broken/1") / "bundle.json").write_text("{}")
+    line = ["evaluate", "--bundle", str(bundle), "--data", str(finished.folder / "data"), "--dry-run"]
+
+    assert main(line) == 0
+    assert json.loads(capsys.readouterr().out)["transfer_from"] == [str(newest)]
+    assert main([*line, "--transfer-from", "a/1"]) == 0
+    assert json.loads(capsys.readouterr().out)["transfer_from"] == ["a/1"]
+
+
 def test_a_bundle_without_provenance_is_measured_on_images_of_its_size(finished: Workshop) -> None:
     manifest = load_bundle(finished.bundle).manifest
     for provenance in ({}, {"runs": {"by hand": {"recipe": "none"}}}):

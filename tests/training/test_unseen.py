@@ -11,12 +11,12 @@ from models import Bundle, load_bundle, save_bundle
 from models.manifest import Defenses
 from tests.training.evaluations import attack_names, entry_of, evaluation_of, recipe_with
 from tests.training.tiny import RECIPES, SIDE, Workshop, color_set
-from training.budgets import FurtherAttack
+from training.budgets import Effort, FurtherAttack
 from training.config import RecipeError
 from training.evaluate import evaluate
 from training.plan import Planner
 from training.subject import Subject
-from training.unseen import requested
+from training.unseen import requested, unseen
 
 
 def test_unseen_threats_stay_out_of_the_worst_case(finished: Workshop, tmp_path: Path) -> None:
@@ -28,7 +28,20 @@ def test_unseen_threats_stay_out_of_the_worst_case(finished: Workshop, tmp_path:
 
     assert report["unseen"].keys() == {"l2", "eps_times_0.5", "eps_times_2", "known_seed", "stadv"}
     assert not set(report["unseen"]) & set(report["worst_case"]["over"])
+    assert {cell["n"] for cell in report["unseen"].values()} == {3}
     assert "known_seed" not in attack_names(bundle, "none", budget={"one_pass": effort})["L6"]  # there is none to know
+
+
+@pytest.mark.parametrize(("unseen_images", "attacked"), [(2, 2), (9, 3), (None, 3)])
+def test_a_budget_may_have_fewer_images_for_unseen_threats(
+    unseen_images: int | None, attacked: int, finished: Workshop
+) -> None:
+    effort = Effort(images=3, full_steps=1, full_draws=1, unseen=True, unseen_images=unseen_images)
+    bundle, budget = load_bundle(finished.bundle), recipe_with().effort.model_copy(update={"one_pass": effort})
+    planner = Planner(bundle.classifier, budget, 8 / 255, 0, {}, 3)
+    subject = Subject("atop", bundle.defended("atop"))
+    assert {attack.images for attack in unseen(planner, subject)} == {attacked}
+    assert {attack.images for attack in planner.adaptive(subject)} == {3}
 
 
 FURTHER = [

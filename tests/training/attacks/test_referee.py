@@ -42,6 +42,7 @@ EFFORT = Effort(
     aware_weights=(1e-3,),
     iterate_steps=20,
     smooth_steps=20,
+    unseen=True,
 )
 FAR_OUTSIDE = {"square": 4.0}
 """Random search needs room."""
@@ -100,7 +101,7 @@ DEFENSES: dict[str, tuple[Callable[[LinearProblem], Purifier] | None, set[str]]]
 
 
 def planned(defense: str, problem: LinearProblem, eps: float) -> dict[str, tuple[Subject, Attack]]:
-    """The attacks of levels L1 to L5 on a defense, by name."""
+    """Every attack on a defense, by name."""
     build, _ = DEFENSES[defense]
     subject = Subject(defense, DefendedClassifier(problem.classifier, [build(problem)] if build else []))
     names = ("fgsm", "pgd20", "mim", "deepfool", "di2")
@@ -113,9 +114,9 @@ def planned(defense: str, problem: LinearProblem, eps: float) -> dict[str, tuple
     return {attack.name: (subject, attack) for attack in every_level(planner, subject)}
 
 
-def fooled(defense: str, name: str, eps: float) -> list[bool]:
+def fooled(defense: str, name: str, eps: float, margin: float = 0.05) -> list[bool]:
     """Which images the attack turns, judged by a look that it has not seen."""
-    problem = linear_problem()
+    problem = linear_problem(margin=margin)
     problem.classifier.requires_grad_(False)
     subject, attack = planned(defense, problem, eps)[name]
     assert attack.threat is not None
@@ -136,10 +137,29 @@ def test_planned_attacks_fool_just_outside_the_margin_and_never_inside(defense: 
     assert all(fooled(defense, name, FAR_OUTSIDE.get(name, 1.03) * margin))
 
 
+UNSEEN = {"eps_times_0.5": 0.5, "eps_times_2": 2.0, "known_seed": 1.0}
+"""Attacks of L6 in l-inf, and the share of the evaluation's eps that each may change."""
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_attacks_with_another_bound_or_the_seed_fool_just_outside_the_margin_too(name: str) -> None:
+    margin = linear_problem().margin / UNSEEN[name]
+    assert not any(fooled("atop", name, 0.97 * margin))
+    assert all(fooled("atop", name, 1.03 * margin))
+
+
+@pytest.mark.parametrize("defense", ["none", "atop"])
+def test_the_attack_in_l2_fools_just_outside_the_margin_and_never_inside(defense: str) -> None:
+    w = linear_problem().classifier.state_dict()["stages.head.weight"][1]
+    margin = grey_box.L2_EPS * float(w.norm() / w.abs().sum())  # that far in l-inf is as far as its bound in l2
+    assert not any(fooled(defense, "l2", 8 / 255, margin / 0.97))
+    assert all(fooled(defense, "l2", 8 / 255, margin / 1.03))
+
+
 def test_no_attack_on_these_defenses_goes_without_a_referee() -> None:
     for defense, (_, names) in DEFENSES.items():
         found = {name for name, (_, attack) in planned(defense, linear_problem(), 0.05).items() if attack.level != "L1"}
-        refereed = names | DEFENSES["none"][1]
+        refereed = names | DEFENSES["none"][1] | UNSEEN.keys() | {"l2", "stadv"}  # these two have tests of their own
         assert found <= refereed, defense
 
 

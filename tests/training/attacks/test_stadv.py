@@ -2,11 +2,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.defense import DefendedClassifier
+from tests.fakes import linear_classifier
 from tests.networks import SIZE, sensitive, tiny_classifier
 from training.attacks.looks import Looks
 from training.attacks.pgd import margin
@@ -50,6 +52,25 @@ def test_what_fools_a_random_defense_barely_is_pushed_on() -> None:
         for defended in (plain, called_random)
     )
     assert (went_on > stopped).all()
+
+
+@pytest.mark.parametrize(("share", "turned"), [(0.97, False), (1.03, True)])
+def test_it_fools_just_outside_the_known_margin_and_never_inside(share: float, turned: bool) -> None:
+    """Images that brighten evenly from left to right: every pixel taken d to the right adds d slopes, no flow more."""
+    side, slope, pixels = 16, 0.02, 1.5
+    ramp = (0.3 + slope * torch.arange(side)).expand(2, 3, side, side).contiguous()
+    inner = torch.zeros(3, side, side)
+    inner[:, 2:-2, 2:-2] = 1.0  # the edge, from beyond which nothing comes, does not count
+    level, a_slope = float((ramp[0] * inner).sum()), slope * float(inner.sum())
+    weight = torch.stack([torch.zeros(3 * side * side), inner.flatten()])
+    for direction, label in ((1, 0), (-1, 1)):  # too dark for class 1 by so many pixels' slopes, or bright enough
+        bias = torch.tensor([level + direction * pixels * a_slope, 0.0])
+        defended = DefendedClassifier(linear_classifier(weight, bias), [])
+        labels = torch.full((2,), label)
+        assert (defended(ramp).argmax(1) == labels).all()
+        bound = share * pixels * 2 / side  # as a share of half the side
+        moved = stadv(defended, ramp, labels, Looks(0, range(2)), bound=bound, steps=100)
+        assert (defended(moved).argmax(1) != labels).tolist() == [turned, turned]
 
 
 def test_it_raises_the_margin_by_moving_pixels_no_further_than_the_bound() -> None:
