@@ -44,6 +44,11 @@ class Evaluation:
     commit: str = field(default_factory=git_commit)
 
     @property
+    def spent_s(self) -> float:
+        """How long it took, in all, to find what was used so far."""
+        return float(sum(found["wall_s"] for found in self.used.values()))
+
+    @property
     def device(self) -> torch.device:
         """Where the bundle is loaded."""
         return self.bundle.classifier.normalize.mean.device

@@ -125,6 +125,10 @@ def table(report: Mapping[str, Any]) -> str:
         adaptive = sorted(row["adaptive"].items(), key=lambda item: item[1]["accuracy"])
         found = (f"{attack} {100 * cell['accuracy']:.1f}" for attack, cell in adaptive)
         lines.append(f"{name}: {', '.join(found)}")
+        if against := row.get("against_static"):
+            better, worse, p = (against[what] for what in ("better", "worse", "p_value"))
+            difference = f"{100 * against['difference']:+.1f}, {better} images better and {worse} worse, p {p:.2g}"
+            lines.append(f"  its worst case against that of the undefended: {difference}")
         lines += [f"  not credible: {reason}" for reason in row["reasons"]]
     if "detection" in report:
         scores = (f"{name} {values['auroc']:.4f}" for name, values in report["detection"]["attacks"].items())

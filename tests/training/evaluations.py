@@ -36,6 +36,13 @@ def report_of(workshop: Workshop) -> dict[str, Any]:
     return report
 
 
+def timeless(report: Any) -> Any:
+    """A report, or a part of one, without how long anything took."""
+    if isinstance(report, dict):
+        return {key: timeless(part) for key, part in report.items() if key not in ("cost", "wall_s", "attacks_s")}
+    return [timeless(part) for part in report] if isinstance(report, list) else report
+
+
 def attack_names(bundle: Bundle, defense: str, **changes: Any) -> dict[str, set[str]]:
     """By level, what a defense is attacked with."""
     recipe = recipe_with(**changes)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from models import load_bundle
 from tests.fakes import bare_bundle, color_classifier, linear_classifier, linear_problem
-from tests.training.evaluations import entry_of, evaluation_of, recipe_with, report_of
+from tests.training.evaluations import entry_of, evaluation_of, recipe_with, report_of, timeless
 from tests.training.tiny import CLASSES, RECIPES, SIDE, Workshop, color_set
 from training.__main__ import main
 from training.config import RecipeError
@@ -146,9 +146,7 @@ def test_a_process_killed_in_the_middle_of_an_evaluation_gives_the_same_report_i
     reports = []
     for runs in ("whole", "killed"):
         (path,) = (tmp_path / runs / "evaluations" / "colors-1").glob("*.json")
-        report = json.loads(path.read_text())
-        for entry in [report["undefended"], *report["defenses"].values()]:
-            del entry["cost"]  # a time
+        report = timeless(json.loads(path.read_text()))
         del report["recipe"]
         reports.append(report)
     assert reports[0] == reports[1]
@@ -284,6 +282,9 @@ def test_the_report_says_how_to_get_it_again(finished: Workshop) -> None:
     weights = (finished.bundle / "classifier.safetensors").read_bytes()
     assert recipe["weights_sha256"]["classifier.safetensors"] == hashlib.sha256(weights).hexdigest()
     assert recipe["findings_of_commits"] == [recipe["git_commit"]]
+    atop = report_of(finished)["defenses"]["atop"]
+    spent = [cell["wall_s"] for group in ("grey_box", "adaptive") for cell in atop[group].values()]
+    assert 0 < sum(spent) <= recipe["attacks_s"] + 0.1 * len(spent)  # each is rounded
     assert 0 < recipe["attacks_s"] <= recipe["wall_s"]
     assert {"git_commit", "libraries", "hardware", "wall_s", "seed", "batch_size"} <= recipe.keys()
     assert str(finished.folder) not in json.dumps(recipe)
@@ -302,16 +303,13 @@ def test_the_same_seed_gives_the_same_numbers_in_a_table(
     copy = Workshop(tmp_path)
     shutil.copytree(finished.folder / "data", tmp_path / "data")
     shutil.copytree(finished.bundle, copy.bundle)
-    before = report_of(finished)
+    before = timeless(report_of(finished))
 
     assert copy.run("evaluate") == 0
 
-    printed, after = capsys.readouterr().out, report_of(copy)
+    printed, after = capsys.readouterr().out, timeless(report_of(copy))
     for report in (before, after):
-        for entry in [report["undefended"], *report["defenses"].values()]:
-            del entry["cost"]  # a time
-        del report["recipe"]["wall_s"], report["recipe"]["attacks_s"], report["recipe"]["findings_of_commits"]
-        del report["recipe"]["git_commit"]  # somebody may commit meanwhile
+        del report["recipe"]["findings_of_commits"], report["recipe"]["git_commit"]  # somebody may commit meanwhile
     assert before == after
     start = printed.index("defense ")
     lines = printed[start:].splitlines()
@@ -320,6 +318,9 @@ def test_the_same_seed_gives_the_same_numbers_in_a_table(
     assert f"{100 * after['undefended']['standard']['accuracy']:.1f} (" in lines[1]
     assert "In all about" in printed[:start]  # the forecast comes first
     assert any(line.startswith("atop:rt3: ") and "bpda" in line for line in lines)
+    against = after["defenses"]["atop"]["against_static"]
+    said = lines[next(number for number, line in enumerate(lines) if line.startswith("atop: ")) + 1]
+    assert f"{against['better']} images better and {against['worse']} worse, p {against['p_value']:.2g}" in said
     assert "AUROC" in lines[-2]
     assert "no evidence of robustness" in lines[-1]
 
