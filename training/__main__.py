@@ -22,11 +22,9 @@ from training.config import (
     FinetuneRecipe,
     PretrainRecipe,
     RecipeError,
-    neighbors,
-    read_recipe,
-    recipe_of,
 )
 from training.data import DataError
+from training.reading import neighbors, read_recipe, recipe_of
 from training.runs import RunError
 
 RECIPES: dict[str, type[Strict]] = {

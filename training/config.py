@@ -1,11 +1,9 @@
-"""Recipes: one frozen model per command, read from TOML and refused whole when anything in it is wrong."""
+"""Recipes: one frozen model per command. `reading.py` has them from files and from bundles."""
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import (
@@ -13,12 +11,10 @@ from pydantic import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     field_validator,
     model_validator,
 )
 
-from models.bundle import BundleError, read_manifest
 from models.classifiers import ARCHITECTURES, Classifier
 from models.manifest import (
     AidPreset,
@@ -26,7 +22,6 @@ from models.manifest import (
     AnyInpainterSpec,
     AtopPreset,
     Fraction,
-    Manifest,
     Strict,
     ZeroPurPreset,
     size_multiple,
@@ -302,72 +297,3 @@ def refuse_unknown_layers(classifier: Classifier, names: Sequence[str]) -> None:
         classifier.refuse_unknown(names)
     except KeyError as error:
         raise RecipeError(error.args[0]) from error
-
-
-AnyRecipe = TypeVar("AnyRecipe", bound=Strict)
-
-
-def read_recipe(path: Path, kind: type[AnyRecipe], *, data_source: str | None = None, **instead: object) -> AnyRecipe:
-    """Read and validate a TOML recipe; `data_source` takes the place of `data.source`, `instead` that of fields.
-
-    Raises RecipeError for a file that cannot be read, a field that is missing, unknown or out of range, and fields
-    that contradict each other.
-    """
-    try:
-        fields = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RecipeError(f"{path}: {error}") from error
-    if data_source is not None and isinstance(fields.get("data"), dict):
-        fields["data"]["source"] = data_source
-    return valid(fields, kind, str(path), instead)
-
-
-def recipe_of(manifest: Manifest, data_source: str, **instead: object) -> EvaluateRecipe:
-    """What `evaluate` measures where no recipe says it: every defense, on the test split that the bundle's runs name.
-
-    Without their provenance it is the split `test`. Raises RecipeError for fields that are out of range.
-    """
-    height, width = manifest.input_size
-    if height != width:
-        raise RecipeError(f"{manifest.name}@{manifest.version} takes images of {width}x{height}, and data are square")
-    data = {"name": manifest.name, "input_size": width, **trained_on(manifest), "source": data_source}
-    return valid({"data": data}, EvaluateRecipe, f"{manifest.name}@{manifest.version}", instead)
-
-
-def neighbors(directory: Path) -> tuple[str, ...]:
-    """The other bundles of a bundle's repository that know the same classes in images of the same size, by their paths.
-
-    Of several versions it is the newest. What cannot be read as a bundle is passed over.
-    """
-    manifest, newest = read_manifest(directory), dict[str, tuple[int, Path]]()
-    for path in sorted(directory.resolve().parent.parent.glob("*/*/bundle.json")):
-        try:
-            other = read_manifest(path.parent)
-        except BundleError:
-            continue
-        same = (other.classes, other.input_size) == (manifest.classes, manifest.input_size)
-        if same and other.name != manifest.name:
-            found = (int(other.version), path.parent)
-            newest[other.name] = max(found, newest.get(other.name, found))
-    return tuple(str(path) for _, path in newest.values())
-
-
-def trained_on(manifest: Manifest) -> Mapping[str, object]:
-    """The data recipe of the runs that a bundle was exported from; empty where its provenance names none."""
-    match manifest.provenance:
-        case {"runs": {**runs}}:
-            for run in runs.values():
-                match run:
-                    case {"recipe": {"data": {**data}}}:
-                        return {str(name): value for name, value in data.items()}
-    return {}
-
-
-def valid(fields: dict[str, Any], kind: type[AnyRecipe], where: str, instead: Mapping[str, object]) -> AnyRecipe:
-    """The recipe of these fields, and those of `instead` that are given; raises RecipeError, naming `where`."""
-    given = {name: value for name, value in instead.items() if value is not None}
-    try:
-        return kind.model_validate({**fields, **given})
-    except ValidationError as error:
-        wrong = [f"  {'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors()]
-        raise RecipeError("\n".join([f"{where} is not a valid {kind.__name__}:", *wrong])) from error

@@ -23,8 +23,9 @@ from pydantic import Field, model_validator
 
 from models.manifest import Fraction, Strict
 from training.budgets import Budget
-from training.config import EvaluateRecipe, RecipeError, read_recipe
+from training.config import EvaluateRecipe, RecipeError
 from training.provenance import content_sha256
+from training.reading import read_recipe
 from training.statistics import paired
 
 TABLES = Path(__file__).parent / "recipes" / "reproduction" / "tables.toml"

@@ -14,8 +14,9 @@ import training.augmentation
 from models.randomness import generator_for
 from tests.training.tiny import color_set
 from training.augmentation import Augmentation, Blur, Jitter, Solarize, augment
-from training.config import ClassifierRecipe, read_recipe
+from training.config import ClassifierRecipe
 from training.data import Batches
+from training.reading import read_recipe
 
 RECIPES = Path(__file__).parents[2] / "training" / "recipes" / "cifar10"
 PLAIN = Augmentation(padding=0, flip=False)

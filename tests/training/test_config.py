@@ -17,9 +17,9 @@ from training.config import (
     ExportRecipe,
     FinetuneRecipe,
     RecipeError,
-    read_recipe,
     refuse_unknown_layers,
 )
+from training.reading import read_recipe
 
 NO_PADDING = {"padding": 0}
 

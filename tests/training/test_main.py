@@ -10,8 +10,9 @@ from models import load_bundle
 from tests.training.tiny import DATA, RECIPES, SIDE, Workshop
 from training.__main__ import RECIPES as KINDS
 from training.__main__ import main, parse, typed
-from training.config import ClassifierRecipe, DataRecipe, RecipeError, read_recipe, recipe_of
+from training.config import ClassifierRecipe, DataRecipe, RecipeError
 from training.data import load_split
+from training.reading import read_recipe, recipe_of
 from training.runs import Run
 
 RECIPE_FOLDER = Path(__file__).parents[2] / "training" / "recipes"

@@ -11,8 +11,9 @@ from models.classifiers import build_classifier
 from tests.training.tiny import Workshop
 from training import reproduction
 from training.__main__ import RECIPES
-from training.config import EvaluateRecipe, read_recipe
+from training.config import EvaluateRecipe
 from training.provenance import content_sha256
+from training.reading import read_recipe
 from training.reproduction import NOT_RUN, TABLES, Direction, Row, Table, cell, main, order, page, read_tables
 
 FOLDER = TABLES.parents[1]
