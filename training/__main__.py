@@ -49,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
 
             print(*unpack(options.bundle, options.runs), sep="\n")
             return 0
+        if options.command == "evaluate" and options.recipe is None and options.transfer_from is None:
+            options.transfer_from = [str(path) for path in neighbors(options.bundle)]
         instead = {name: getattr(options, name, None) for name in ("budget", "defenses", "transfer_from", "votes")}
         if instead["defenses"]:
             instead["grey_box_only"] = ()
@@ -64,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def recipe_for(options: argparse.Namespace, instead: dict[str, Any]) -> Strict:
-    """The recipe's file, or for `evaluate` without one what the bundle and its neighbors say of themselves.
+    """The recipe's file, or for `evaluate` without one what the bundle says of itself.
 
     Raises RecipeError, and BundleError for a bundle that cannot be read.
     """
@@ -72,8 +74,6 @@ def recipe_for(options: argparse.Namespace, instead: dict[str, Any]) -> Strict:
         return read_recipe(options.recipe, RECIPES[options.command], data_source=options.data, **instead)
     if options.data is None:
         raise RecipeError("evaluate needs --recipe FILE, or --data FOLDER for every defense of the bundle")
-    if instead["transfer_from"] is None:
-        instead["transfer_from"] = neighbors(options.bundle)
     return recipe_of(read_manifest(options.bundle), options.data, **instead)
 
 
@@ -108,7 +108,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                 action="append",
                 metavar="BUNDLE",
                 help="another bundle on disk, whose classifier's adversarial images are tried too; repeatable; without "
-                "it and without a recipe every other one beside it",
+                "it and without a recipe the others beside it that have the same classes and size of images",
             )
             command.add_argument(
                 "--votes", type=int, help="draws that an answer of a random defense averages; needs --keep-report"

@@ -82,6 +82,8 @@ class Effort(Strict):
         for attack in ("bpda", "full", "apgd"):
             if getattr(self, f"{attack}_steps") and f"{attack}_draws" not in self.model_fields_set:
                 raise ValueError(f"{attack}_steps need {attack}_draws: one draw is a weak attack on a random defense")
+        if self.unseen_images is not None and not self.unseen:
+            raise ValueError("unseen_images are for level L6, which unseen leaves out")
         return self
 
 

@@ -1,4 +1,4 @@
-"""Recipes: one frozen model per command. `reading.py` has them from files and from bundles."""
+"""Recipes: one frozen model per command. `reading.py` reads them from files, or makes one from a bundle."""
 
 from __future__ import annotations
 

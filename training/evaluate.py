@@ -67,12 +67,10 @@ def measure(evaluation: Evaluation, subject: Subject) -> Entry:
     adaptive = has_worst_case(attacks)
     count, draws = clean_work(evaluation, subject)
     clean = evaluation.clean(subject, count, draws)
-    right, wall_s = dict[str, Tensor](), dict[str, float]()
+    right = dict[str, Tensor]()
     for attack in attacks:
-        before = evaluation.spent_s
         with tqdm(total=attack.images, desc=f"{subject.name} {attack.level} {attack.name}", unit="image") as bar:
             right[attack.name] = evaluation.withstood(subject, attack, bar)
-        wall_s[attack.name] = evaluation.spent_s - before
 
     levels = {attack.name: attack.level for attack in attacks}
     same = Linf(evaluation.recipe.eps)
@@ -96,7 +94,7 @@ def measure(evaluation: Evaluation, subject: Subject) -> Entry:
         cells[GROUPS[attack.level]][attack.name] = {
             **binomial(float(right[attack.name].sum()), len(right[attack.name])),
             "level": attack.level,
-            "wall_s": round(wall_s[attack.name], 1),
+            "wall_s": round(evaluation.spent_s[subject.name, attack.name], 1),
             **settings,
         }
     report = {
@@ -147,7 +145,7 @@ def cost(evaluation: Evaluation, subject: Subject) -> float:
                 best[name] = min(best[name], time.perf_counter() - began)
         return {"cost": best[subject.name] / best["none"]}
 
-    of = {**evaluation.asked(subject), "cost": COST_BATCH, "hardware": hardware()}
+    of = {**evaluation.asked(subject), "cost": COST_BATCH, "device": str(evaluation.device), "hardware": hardware()}
     found: float = evaluation.once(of, find)["cost"]
     return found
 
@@ -227,7 +225,7 @@ def evaluate(
         "content_sha256": evaluation.content_sha256,
         "git_commit": evaluation.commit,
         "findings_of_commits": sorted({found["commit"] for found in evaluation.used.values()}),
-        "attacks_s": round(evaluation.spent_s, 1),
+        "attacks_s": round(sum(found["wall_s"] for found in evaluation.used.values()), 1),
         "libraries": library_versions(),
         "hardware": hardware(),
         "wall_s": round(time.monotonic() - started, 1),

@@ -41,12 +41,10 @@ class Evaluation:
     """Of the bundle as it is on disk, without the variants that a recipe adds."""
     used: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The findings that the report is made of, by their keys, whenever they were made."""
+    spent_s: dict[tuple[str, str], float] = field(default_factory=dict)
+    """By defense and attack, how long it took to find what withstood. Where several defenses are given the same images,
+    the first one's has what it took to make them."""
     commit: str = field(default_factory=git_commit)
-
-    @property
-    def spent_s(self) -> float:
-        """How long it took, in all, to find what was used so far."""
-        return float(sum(found["wall_s"] for found in self.used.values()))
 
     @property
     def device(self) -> torch.device:
@@ -148,14 +146,14 @@ class Evaluation:
             seeds = attack.known_seeds(numbers) if attack.known_seeds else unseen
             return {"right": self.right(subject, adversarial, labels, seeds).int().tolist()}
 
-        parts = list[Tensor]()
+        found = list[dict[str, Any]]()
         for batch in self.batches(attack.images):
             numbers = batch[0]
             of = {**self.asked(subject), **key_of(attack), "images": [numbers[0], len(numbers)]}
-            found = self.once(of, partial(find, *batch))
-            parts.append(torch.tensor(found["right"], dtype=torch.bool))
+            found.append(self.once(of, partial(find, *batch)))
             bar.update(len(numbers))
-        return torch.cat(parts)
+        self.spent_s[subject.name, attack.name] = sum(each["wall_s"] for each in found)
+        return torch.cat([torch.tensor(each["right"], dtype=torch.bool) for each in found])
 
     def attacked(self, attack: Attack, images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
         """The adversarial images. Raises AssertionError if the attack leaves its budget."""

@@ -12,7 +12,7 @@ KNOWS_THE_CLASSIFIER = {
     r"di2": "small steps up the loss, each from a resized copy, so that it works on other networks too",
     r"deepfool": "to the nearest boundary of the classifier",
     r"cw": "Carlini and Wagner: the smallest change that the classifier falls for, without a bound",
-    r"cw20": "the same in 20 steps with a small constant, as AID's authors run it, within a Euclidean distance of 3",
+    r"cw20": "Carlini and Wagner in 20 steps with a small constant, within a Euclidean distance of 3",
     r"autoattack": "AutoAttack: four attacks on the classifier, one after the other",
 }
 KNOWS_THE_DEFENSE = {

@@ -20,9 +20,10 @@ PGD_STEP = 1 / 4
 """Of eps: 2/255 at 8/255, as in AToP and ZeroPur. AID has 1/255."""
 L2_EPS, L2_STEP, L2_STEPS = 0.5, 0.05, 20
 DI2_STEPS = 10
-CW_STEPS = 100
-CW20_EPS = 3.0
-"""Of the l2 ball that AID's authors cut their C&W off at."""
+CW_STEPS, CW_C = 100, 1.0
+CW20_STEPS, CW20_C, CW20_EPS = 20, 0.01, 3.0
+"""C&W as AID's authors run it; the last is the l2 ball that they cut it off at."""
+CW_SETTINGS = {"step_size": 0.01, "failed": "stay"}
 AUTOATTACK_PASSES = 1000
 """A guess: an image that withstands it takes some 4,000, one that does not a hundred."""
 
@@ -70,10 +71,10 @@ def attack(name: str, classifier: Classifier, *, eps: float, seed: int) -> GreyB
         return by_foolbox.foolbox_deepfool(classifier, images, labels, eps=eps)
 
     def cw(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
-        return by_foolbox.foolbox_cw(classifier, images, labels, steps=CW_STEPS)
+        return by_foolbox.foolbox_cw(classifier, images, labels, steps=CW_STEPS, c=CW_C)
 
     def cw20(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
-        moved = by_foolbox.foolbox_cw(classifier, images, labels, steps=20, c=0.01)
+        moved = by_foolbox.foolbox_cw(classifier, images, labels, steps=CW20_STEPS, c=CW20_C)
         return L2(CW20_EPS).project(moved, images)
 
     def di2(images: Tensor, labels: Tensor, numbers: Sequence[int]) -> Tensor:
@@ -88,8 +89,10 @@ def attack(name: str, classifier: Classifier, *, eps: float, seed: int) -> GreyB
         "fgsm": GreyBox(fgsm, threat, 1),
         "mim": GreyBox(mim, threat, 40, {"steps": 40, "step_size": 0.003}),
         "deepfool": GreyBox(deepfool, threat, 20 * 10, {"steps": 20}),
-        "cw": GreyBox(cw, None, CW_STEPS, {"steps": CW_STEPS, "step_size": 0.01, "c": 1.0}),
-        "cw20": GreyBox(cw20, L2(CW20_EPS), 20, {"eps": CW20_EPS, "steps": 20, "step_size": 0.01, "c": 0.01}),
+        "cw": GreyBox(cw, None, CW_STEPS, {"steps": CW_STEPS, "c": CW_C, **CW_SETTINGS}),
+        "cw20": GreyBox(
+            cw20, L2(CW20_EPS), CW20_STEPS, {"eps": CW20_EPS, "steps": CW20_STEPS, "c": CW20_C, **CW_SETTINGS}
+        ),
         "di2": GreyBox(di2, threat, DI2_STEPS, {"steps": DI2_STEPS, "step_size": eps / 8}),
         "autoattack": GreyBox(autoattack, threat, AUTOATTACK_PASSES, {"version": "standard"}),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from models.bundle import BundleError, read_manifest
+from models.bundle import BundleError, load_bundle, read_manifest
 from models.manifest import Manifest, Strict
 from training.config import EvaluateRecipe, RecipeError
 
@@ -43,22 +44,29 @@ def recipe_of(manifest: Manifest, data_source: str, **instead: object) -> Evalua
     return valid({"data": data}, EvaluateRecipe, f"{manifest.name}@{manifest.version}", instead)
 
 
-def neighbors(directory: Path) -> tuple[str, ...]:
-    """The other bundles of a bundle's repository that know the same classes in images of the same size, by their paths.
+def neighbors(directory: Path) -> list[Path]:
+    """The newest of every other bundle in a bundle's repository, if it has the same classes and size of images.
 
-    Of several versions it is the newest. What cannot be read as a bundle is passed over.
+    One that has the same classifier as the bundle, or as another before it, adds nothing and is left out; so is what
+    cannot be loaded.
     """
     manifest, newest = read_manifest(directory), dict[str, tuple[int, Path]]()
-    for path in sorted(directory.resolve().parent.parent.glob("*/*/bundle.json")):
+    for path in sorted(Path(os.path.normpath(directory / "../..")).glob("*/*/bundle.json")):
         try:
-            other = read_manifest(path.parent)
+            other = load_bundle(path.parent).manifest
         except BundleError:
             continue
         same = (other.classes, other.input_size) == (manifest.classes, manifest.input_size)
         if same and other.name != manifest.name:
             found = (int(other.version), path.parent)
             newest[other.name] = max(found, newest.get(other.name, found))
-    return tuple(str(path) for _, path in newest.values())
+    classifiers = {classifier_of(read_manifest(path)): path for _, path in reversed(newest.values())}
+    return sorted(path for weights, path in classifiers.items() if weights != classifier_of(manifest))
+
+
+def classifier_of(manifest: Manifest) -> str:
+    """The hash of a bundle's classifier."""
+    return manifest.weights.get("classifier.safetensors", "")
 
 
 def trained_on(manifest: Manifest) -> Mapping[str, object]:

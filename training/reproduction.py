@@ -55,7 +55,7 @@ class Row(Strict):
     recipe: str
     """Name of the evaluation's recipe in `training/recipes/reproduction/`, and of the report it leaves."""
     paper_recipe: str | None = None
-    """The same for `paper_bundle`, where it is another: one that names layers."""
+    """The same for `paper_bundle`, where it is another: one that names layers, or has the paper's steps and images."""
     defense: str
     """As the report calls it; `none` is the undefended classifier."""
     paper: tuple[float, ...]
@@ -125,6 +125,11 @@ class Table(Strict):
                     raise ValueError(f"{self.title}, {direction.says}: there is no cell {name}, {column}")
         return self
 
+    @property
+    def grown(self) -> tuple[Row, ...]:
+        """The rows with the paper's networks, under the names of the small ones."""
+        return tuple(each for row in self.rows if (each := row.in_papers_size()) is not None)
+
 
 class Tables(Strict):
     """All of them."""
@@ -187,11 +192,7 @@ def section(table: Table, kept: Path) -> list[str]:
 
 def evaluated_in_papers_size(table: Table, kept: Path) -> dict[str, Row]:
     """The rows with the paper's networks that have been evaluated, by the names of the small ones."""
-    grown = {
-        row.name: each.model_copy(update={"name": row.name + IN_PAPERS_SIZE})
-        for row in table.rows
-        if (each := row.in_papers_size()) is not None
-    }
+    grown = {row.name: row.model_copy(update={"name": row.name + IN_PAPERS_SIZE}) for row in table.grown}
     return {name: row for name, row in grown.items() if report_of(kept, row) is not None}
 
 
@@ -253,17 +254,16 @@ def order(larger: Mapping[str, Any], smaller: Mapping[str, Any]) -> str:
 
 
 def commands(table: Table, reports: Reports) -> list[str]:
-    """How the bundles are made and evaluated, and on which machine that was; then so with the paper's networks."""
+    """How the bundles are made and evaluated, and on which machine; the same with the paper's networks."""
     lines = [f"- `{command}`" for command in table.made_by]
-    lines += [evaluated(row, reports) for row in {row.report: row for row in table.rows}.values()]
+    lines += [evaluation(row, reports) for row in {row.report: row for row in table.rows}.values()]
     if table.paper_size:
         steps = ", ".join(f"`{command}`" for command in table.paper_size)
-        lines += [f"- In the paper's size, for a GPU, what was evaluated having rows above: {steps}"]
-    grown = [each for row in table.rows if (each := row.in_papers_size()) is not None]
-    return lines + [evaluated(row, reports) for row in {row.report: row for row in grown}.values()]
+        lines += [f"- In the paper's size, for a GPU: {steps}"]
+    return lines + [evaluation(row, reports) for row in {row.report: row for row in table.grown}.values()]
 
 
-def evaluated(row: Row, reports: Reports) -> str:
+def evaluation(row: Row, reports: Reports) -> str:
     """The command that measures a row, and how it was done."""
     report, where = reports.get(row.report), NOT_RUN
     if report is not None:
@@ -309,10 +309,9 @@ def keep(tables: Iterable[Table], runs: Path, kept: Path) -> None:
 
     Raises as `report_of` before anything is replaced.
     """
-    small = list(itertools.chain.from_iterable(table.rows for table in tables))
-    grown = [each for row in small if (each := row.in_papers_size()) is not None]
-    found = {row.report: runs / "evaluations" / row.report for row in (*small, *grown)}
-    for row in (*small, *grown):
+    rows = [row for table in tables for row in (*table.rows, *table.grown)]
+    found = {row.report: runs / "evaluations" / row.report for row in rows}
+    for row in rows:
         if found[row.report].exists():
             checked(found[row.report], row)
     for name, path in found.items():

@@ -271,7 +271,7 @@ def test_only_a_defense_that_draws_has_a_curve_against_draws(finished: Workshop,
     assert "draws" not in entry_of(evaluation, "zeropur").report["curves"]
 
 
-def test_the_report_says_how_to_get_it_again(finished: Workshop) -> None:
+def test_the_report_says_how_to_get_it_again(finished: Workshop, tmp_path: Path) -> None:
     recipe = report_of(finished)["recipe"]
     assert recipe["bundle"] == "colors@1"
     assert recipe["eps"] == 8 / 255
@@ -282,9 +282,14 @@ def test_the_report_says_how_to_get_it_again(finished: Workshop) -> None:
     weights = (finished.bundle / "classifier.safetensors").read_bytes()
     assert recipe["weights_sha256"]["classifier.safetensors"] == hashlib.sha256(weights).hexdigest()
     assert recipe["findings_of_commits"] == [recipe["git_commit"]]
-    atop = report_of(finished)["defenses"]["atop"]
-    spent = [cell["wall_s"] for group in ("grey_box", "adaptive") for cell in atop[group].values()]
-    assert 0 < sum(spent) <= recipe["attacks_s"] + 0.1 * len(spent)  # each is rounded
+    found = (finished.runs / "evaluations" / "colors-1" / "findings.jsonl").read_text().splitlines()
+    chain = evaluation_of(load_bundle(finished.bundle), color_set(4), tmp_path).chain("atop")
+    for group in ("grey_box", "adaptive"):
+        for name, cell in report_of(finished)["defenses"]["atop"][group].items():
+            of_it = {"attack": name, **chain}.items()
+            own = [each["wall_s"] for each in map(json.loads, found) if of_it <= each["of"].items()]
+            assert cell["wall_s"] == round(sum(own), 1)
+            assert len(own) == -(-cell["n"] // 4)  # one for every batch of the tiny recipe
     assert 0 < recipe["attacks_s"] <= recipe["wall_s"]
     assert {"git_commit", "libraries", "hardware", "wall_s", "seed", "batch_size"} <= recipe.keys()
     assert str(finished.folder) not in json.dumps(recipe)

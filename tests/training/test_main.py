@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from models import load_bundle
-from tests.training.tiny import DATA, RECIPES, SIDE, Workshop
+from tests.training.tiny import DATA, RECIPES, Workshop
 from training.__main__ import RECIPES as KINDS
 from training.__main__ import main, parse, typed
 from training.config import ClassifierRecipe, DataRecipe, RecipeError
 from training.data import load_split
-from training.reading import read_recipe, recipe_of
+from training.reading import read_recipe
 from training.runs import Run
 
 RECIPE_FOLDER = Path(__file__).parents[2] / "training" / "recipes"
@@ -142,39 +141,21 @@ def test_evaluate_without_a_recipe_takes_every_defense_on_the_data_that_the_bund
     assert "--data" in capsys.readouterr().err
 
 
-def test_without_a_recipe_the_newest_bundles_beside_it_are_transferred_from(
-    finished: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_without_a_recipe_neighbors_are_transferred_from_and_named_in_the_command(
+    finished: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    repository, manifest = tmp_path / "bundles", json.loads((finished.bundle / "bundle.json").read_text())
+    monkeypatch.setattr("training.__main__.neighbors", lambda bundle: [Path("models/bundles/other/3")])
+    commands = list[str]()
+    monkeypatch.setattr("training.evaluate.evaluate", lambda *_, command, **__: commands.append(command))
+    monkeypatch.setattr("training.report.table", lambda report: "")
+    line = ["evaluate", "--bundle", str(finished.bundle), "--data", str(finished.folder / "data")]
 
-    def add(folder: str, **changes: object) -> Path:
-        (repository / folder).mkdir(parents=True)
-        text = json.dumps({**manifest, "name": Path(folder).parent.name, "version": Path(folder).name, **changes})
-        (repository / folder / "bundle.json").write_text(text)
-        return repository / folder
-
-    bundle = add("colors/1")
-    add("colors/2")
-    add("other/9")
-    newest = add("other/10")
-    add("larger/1", input_size=[16, 16])
-    add("animals/1", classes=["cat", "dog", "owl"])
-    (add("broken/1") / "bundle.json").write_text("{}")
-    line = ["evaluate", "--bundle", str(bundle), "--data", str(finished.folder / "data"), "--dry-run"]
-
+    assert main([*line, "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out)["transfer_from"] == ["models/bundles/other/3"]
     assert main(line) == 0
-    assert json.loads(capsys.readouterr().out)["transfer_from"] == [str(newest)]
-    assert main([*line, "--transfer-from", "a/1"]) == 0
+    assert "--transfer-from models/bundles/other/3" in commands[0]
+    assert main([*line, "--transfer-from", "a/1", "--dry-run"]) == 0
     assert json.loads(capsys.readouterr().out)["transfer_from"] == ["a/1"]
-
-
-def test_a_bundle_without_provenance_is_measured_on_images_of_its_size(finished: Workshop) -> None:
-    manifest = load_bundle(finished.bundle).manifest
-    for provenance in ({}, {"runs": {"by hand": {"recipe": "none"}}}):
-        bare = manifest.model_copy(update={"provenance": provenance})
-        assert recipe_of(bare, "images").data == DataRecipe(name="colors", source="images", input_size=SIDE)
-    with pytest.raises(RecipeError, match="square"):
-        recipe_of(manifest.model_copy(update={"input_size": (8, 9)}), "images")
 
 
 def test_a_training_command_prints_its_summary_as_json(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:

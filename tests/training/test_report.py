@@ -133,7 +133,7 @@ def test_curves_are_drawn_for_the_rows_that_have_them() -> None:
 
 def test_every_attack_is_explained(finished: Workshop) -> None:
     bundle = load_bundle(finished.bundle)
-    names = ("fgsm", "pgd20", "mim", "deepfool", "cw", "di2", "pgd_l2", "autoattack")
+    names = ("fgsm", "pgd20", "mim", "deepfool", "cw", "cw20", "di2", "pgd_l2", "autoattack")
     budget = BUDGETS["paper"].model_copy(update={"grey_box": names})
     planner = Planner(bundle.classifier, budget, 8 / 255, 0, {"other@1": bundle}, 10, bundle.aid)
     for defense in ("none", "atop", "aid", "zeropur", "auto"):

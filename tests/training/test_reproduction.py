@@ -92,13 +92,15 @@ def test_the_papers_size_has_a_row_once_it_was_evaluated(tmp_path: Path) -> None
         update={"rows": tuple(each.model_copy(update={"paper_bundle": "runs/big/1"}) for each in plain.rows)}
     )
     kept = kept_report(tmp_path)
-    assert "paper's size" not in page([grown], kept)
+    before = page([grown], kept)
+    assert "(paper's size)" not in before
+    assert "runs/big/1 --keep-report`: not run" in before
     big = kept / "big-1"
     big.mkdir()
     (big / "atop-7.json").write_text(json.dumps(report()))
     text = page([grown], kept)
     assert "| AToP (paper's size) | 90.00 | 90.0" in text
-    assert "--bundle runs/big/1" in text
+    assert "atop-7.toml --bundle runs/big/1 --keep-report`: seed 0, 2 threads of a processor" in text
     assert "| other (paper's size)" not in text
 
 

@@ -44,6 +44,11 @@ def test_a_budget_may_have_fewer_images_for_unseen_threats(
     assert {attack.images for attack in planner.adaptive(subject)} == {3}
 
 
+def test_a_number_of_images_for_a_level_that_is_left_out_is_refused() -> None:
+    with pytest.raises(ValidationError, match="L6, which unseen leaves out"):
+        Effort(images=3, unseen_images=2)
+
+
 FURTHER = [
     {"name": "pgd2_l2", "attack": "pgd", "norm": "l2", "eps": 1.0, "steps": 2, "draws": 2, "images": 3},
     {"name": "bpda_eot", "attack": "bpda", "norm": "linf", "eps": 0.1, "steps": 1, "draws": 2, "images": 2},

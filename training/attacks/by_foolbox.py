@@ -5,6 +5,7 @@ Their randomness is torch's global generator. Every function raises ValueError u
 
 from __future__ import annotations
 
+import torch
 from foolbox.attacks.base import FixedEpsilonAttack, MinimizationAttack
 from foolbox.attacks.carlini_wagner import L2CarliniWagnerAttack
 from foolbox.attacks.deepfool import LinfDeepFoolAttack
@@ -59,9 +60,13 @@ def foolbox_deepfool(classifier: nn.Module, images: Tensor, labels: Tensor, *, e
 def foolbox_cw(
     classifier: nn.Module, images: Tensor, labels: Tensor, *, steps: int = 100, step_size: float = 0.01, c: float = 1.0
 ) -> Tensor:
-    """C&W (2017) in the l2 norm with one constant and no bound, as the papers run it; an image it fails on stays."""
+    """C&W (2017) in the l2 norm with one constant and no bound, as the papers run it; an image it fails on stays.
+
+    Foolbox makes that one black.
+    """
     attack = L2CarliniWagnerAttack(binary_search_steps=1, steps=steps, stepsize=step_size, initial_const=c)
-    return _run(attack, classifier, images, labels, None)
+    moved = _run(attack, classifier, images, labels, None)
+    return torch.where(moved.flatten(1).any(1).view(-1, 1, 1, 1), moved, images)
 
 
 def _run(
