@@ -44,7 +44,7 @@ def test_the_accuracy_table_is_the_report_of_the_shipped_bundle(directory: Path)
     _, _, after = (ROOT / "README.md").read_text().partition(f"\nThe shipped bundle `{directory.parent.name}@")
     section = after.partition("\nThe shipped bundle `")[0]
     rows = {"undefended": report["undefended"], **report["defenses"], **report["grey_box_only"]}
-    printed = dict(re.findall(r"^\| `?([a-z0-9:]+)`? \| (\d.*) \|$", section, re.MULTILINE))
+    printed = dict(re.findall(r"^\| `?([a-z0-9:,]+)`? \| (\d.*) \|$", section, re.MULTILINE))
 
     assert printed.keys() == rows.keys()
     for name, row in rows.items():
