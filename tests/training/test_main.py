@@ -131,7 +131,7 @@ def test_evaluate_without_a_recipe_takes_every_defense_on_the_data_that_the_bund
         **DataRecipe.model_validate(DATA).model_dump(mode="json"),
         "source": str(finished.folder / "data"),
     }
-    assert (printed["defenses"], printed["budget"], printed["transfer_from"]) == ([], "quick", [])
+    assert (printed["defenses"], printed["budget"]) == ([], "quick")
     assert (
         main([*line, "--data", str(finished.folder / "data"), "--transfer-from", "a/1", "--transfer-from", "b/2"]) == 0
     )
