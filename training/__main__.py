@@ -21,9 +21,11 @@ from training.config import (
     ExportRecipe,
     FinetuneRecipe,
     PretrainRecipe,
+    Recipe,
     RecipeError,
 )
 from training.data import DataError
+from training.precision import PRECISIONS, computes_bfloat16
 from training.reading import neighbors, read_recipe, recipe_of
 from training.runs import RunError
 
@@ -51,7 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if options.command == "evaluate" and options.recipe is None and options.transfer_from is None:
             options.transfer_from = [str(path) for path in neighbors(options.bundle)]
-        instead = {name: getattr(options, name, None) for name in ("budget", "defenses", "transfer_from", "votes")}
+        fields = ("budget", "defenses", "transfer_from", "votes", "precision")
+        instead = {name: getattr(options, name, None) for name in fields}
         if instead["defenses"]:
             instead["grey_box_only"] = ()
         recipe = recipe_for(options, instead)
@@ -95,6 +98,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         if name != "export":
             command.add_argument("--data", help="a folder or hub name, instead of the recipe's data.source")
             command.add_argument("--device", type=device, default=default_device(), help="cpu, cuda or cuda:N")
+        if issubclass(recipe, Recipe):
+            command.add_argument("--precision", choices=PRECISIONS, help="instead of the recipe's")
         if name == "evaluate":
             command.add_argument(
                 "--bundle", type=Path, default=Path("models/bundles/cifar10/1"), help="what to evaluate"
@@ -182,6 +187,8 @@ def run_command(recipe: Strict, options: argparse.Namespace) -> str:
                 raise GateError("\n".join(failures))
             return table(report)
         case _:
+            if isinstance(recipe, Recipe) and recipe.precision == "bfloat16" and not computes_bfloat16(options.device):
+                print("This CPU emulates bfloat16, many times slower than --precision float32.", file=sys.stderr)
             return json.dumps(train(recipe, options.runs, options.device), indent=2)
 
 

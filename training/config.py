@@ -30,6 +30,7 @@ from models.randomness import SEED_LIMIT
 from training.adversarial import AdversarialTraining
 from training.augmentation import Augmentation
 from training.budgets import BUDGETS, Budget, BudgetName, FurtherAttack
+from training.precision import Precision
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 """Of a moving average: 1 would never move."""
@@ -65,7 +66,7 @@ class Recipe(Strict):
     epochs: PositiveFloat
     """Passes over the training split; a fraction is allowed."""
     checkpoint_every_s: PositiveFloat = 60
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    precision: Precision = "bfloat16"
     """What convolutions and products are computed in while training; weights and updates stay float32."""
 
 

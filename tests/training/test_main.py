@@ -67,6 +67,7 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
         ["train-aid"],
         ["export", "--recipe", "r.toml", "--data", "elsewhere"],  # it would change nothing
         ["train-aid", "--recipe", "r.toml", "--budget", "quick"],
+        ["evaluate", "--recipe", "r.toml", "--precision", "float32"],
         ["evaluate", "--recipe", "r.toml", "--budget", "lavish"],
         ["evaluate", "--recipe", "r.toml", "--fail-below", "38"],  # a share, not a percentage
     ],
@@ -102,6 +103,30 @@ def test_data_that_is_not_there_is_refused_and_nothing_is_written(
     assert main(line) == 2
     assert source in capsys.readouterr().err
     assert not workshop.runs.exists()
+
+
+@pytest.mark.parametrize("command", ["train-classifier", "pretrain-purifier", "finetune-atop", "train-aid"])
+def test_the_precision_of_training_may_be_another_than_the_recipes(
+    command: str, workshop: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = workshop.arguments(command, {"precision": "bfloat16"})
+    assert main([*line, "--precision", "float32", "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out)["precision"] == "float32"
+
+
+@pytest.mark.parametrize(("precision", "warned"), [("bfloat16", True), ("float32", False)])
+def test_training_says_when_the_cpu_emulates_its_precision(
+    precision: str,
+    warned: bool,
+    workshop: Workshop,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("training.__main__.computes_bfloat16", lambda device: False)
+    line = workshop.arguments("train-classifier", {"precision": precision})
+    line[line.index("--data") + 1] = "."  # no data, so nothing is trained
+    assert main(line) == 2
+    assert ("--precision float32" in capsys.readouterr().err) is warned
 
 
 @pytest.mark.parametrize(
