@@ -115,8 +115,8 @@ BUDGETS: dict[BudgetName, Budget] = {
     "quick": Budget(
         clean_images=512,
         clean_draws=1,
-        grey_box_images=192,
-        costly_images=32,
+        grey_box_images=128,
+        costly_images=24,
         one_pass=Effort(
             images=64,
             bpda_steps=10,
@@ -131,14 +131,12 @@ BUDGETS: dict[BudgetName, Budget] = {
             curve_eps=(0.5, 1.0, 2.0, 8.0),
         ),
         descending=Effort(
-            images=12,
+            images=10,
             bpda_steps=0,
             bpda_draws=1,
-            full_steps=6,
+            full_steps=10,  # one attack of ten steps; three of three would be weaker
             full_draws=1,
-            apgd_steps=6,
-            apgd_draws=1,
-            square_queries=8,
+            square_queries=4,
             aware_steps=100,
             iterate_steps=3,
         ),

@@ -19,7 +19,7 @@ from models.defense import DefendedClassifier
 from models.randomness import generator_for
 from training.attacks.gradients import through
 from training.attacks.looks import Looks, seen
-from training.attacks.pgd import Model, ascend, best_wrong_logit, cross_entropy, right_logit
+from training.attacks.pgd import Model, ascend, cross_entropy
 from training.attacks.threats import Linf
 
 NOT_ADAPTIVE = "no attack that knows the defense was run"
@@ -31,7 +31,8 @@ RISING_SHARE = 0.95
 SMALL_STEP = 1e-3
 LARGE_EPS_ACCURACY = 0.1
 """An unbounded attack may leave at most this share right, or the share of the likeliest guess if that is more."""
-LARGE_STEPS = 10
+FAR = 2.0
+"""How far in all the steps of that attack may go, in the range of a value."""
 DRAWS = 8
 """Looks that a gradient is averaged over: what AToP hides in every one of them has no gradient."""
 SURE = 0.01
@@ -41,9 +42,12 @@ FEWEST = 7
 
 
 def gradient_health(
-    defended: DefendedClassifier, images: Tensor, labels: Tensor, *, classes: int, seed: int
+    defended: DefendedClassifier, images: Tensor, labels: Tensor, *, classes: int, seed: int, far_steps: int
 ) -> list[str]:
-    """Look at the gradient itself, on a few images (N, 3, H, W) that the defense labels right."""
+    """Look at the gradient itself, on a few images (N, 3, H, W) that the defense labels right.
+
+    An attack without bounds has `far_steps` to leave nothing of them.
+    """
     if len(images) < FEWEST:
         return [f"of the clean images {len(images)} are labeled right: too few to tell whether its gradient is sound"]
     found = repeatability(defended, images, seed)
@@ -60,7 +64,7 @@ def gradient_health(
     count = len(images)
     if binomtest(round(rising * count), count, RISING_SHARE, alternative="less").pvalue < SURE:
         found.append(f"the loss rises along the gradient for {rising:.0%} of the images only")
-    moved = unbounded(defended, images, labels, seed)
+    moved = unbounded(defended, images, labels, seed, steps=far_steps)
     if not bool(through(defended, labels, Looks(seed, range(count)), draws=1)(moved)[1].isfinite().all()):
         found.append("the gradient is not finite where an attack arrives")
     with torch.no_grad():
@@ -72,11 +76,11 @@ def gradient_health(
     return found
 
 
-def passes(steps: int, *, is_random: bool) -> tuple[int, int]:
+def passes(steps: int, far_steps: int, *, is_random: bool) -> tuple[int, int]:
     """Gradients and answers that `gradient_health` and `more_steps_help` take of every image, if all is well."""
     draws = DRAWS if is_random else 1
-    slope_and_rise, stuck, repeated = (draws, 2 * draws), (2, 1), (2, 3)
-    far, near = (LARGE_STEPS + 1, 1), (max(1, steps // 4) + steps, 2 * draws)
+    slope_and_rise, stuck, repeated = (draws, 2 * draws), (1, 0), (2, 3)
+    far, near = (far_steps + 1, 1), (max(1, steps // 4) + steps, 2 * draws)
     gradients, answers = zip(slope_and_rise, stuck, repeated, far, near, strict=True)
     return sum(gradients), sum(answers)
 
@@ -109,13 +113,15 @@ def stuck_logits(defended: DefendedClassifier, images: Tensor, labels: Tensor, s
     """
     defended = copy.copy(defended)  # itself, for it may do something to its logits behind the classifier
     defended.votes = 1
-    looks, found = Looks(seed, range(len(images))), list[str]()
-    with torch.no_grad():
-        logits = defended.answer(images, looks.next())
+    found = list[str]()
+    with torch.enable_grad():
+        watched = images.detach().requires_grad_()
+        logits = defended.answer(watched, Looks(seed, range(len(images))).next())
     varies = logits.amax(0) > logits.amin(0)
-    wrong = logits.scatter(1, labels[:, None], -torch.inf).argmax(1)
-    for whose, logit, classes in (("own", right_logit, labels), ("likeliest wrong", best_wrong_logit, wrong)):
-        _, slope = through(defended, labels, looks, draws=1, loss=logit)(images)
+    wrong = logits.detach().scatter(1, labels[:, None], -torch.inf).argmax(1)
+    for whose, classes in (("own", labels), ("likeliest wrong", wrong)):
+        logit = logits.gather(1, classes[:, None])
+        (slope,) = torch.autograd.grad(logit.sum(), watched, retain_graph=True)
         stuck = float(((slope == 0).flatten(1).all(1) & varies[classes]).float().mean())
         if stuck > ZERO_SHARE:
             found.append(f"the logit of the {whose} class has no gradient for {stuck:.0%} of the images")
@@ -134,10 +140,10 @@ def share_rising(defended: DefendedClassifier, images: Tensor, labels: Tensor, s
     return float((torch.stack(differences).mean(0) > 0).float().mean())
 
 
-def unbounded(defended: DefendedClassifier, images: Tensor, labels: Tensor, seed: int) -> Tensor:
+def unbounded(defended: DefendedClassifier, images: Tensor, labels: Tensor, seed: int, *, steps: int) -> Tensor:
     """PGD with eps = 1, which may make any image of any."""
     objective = through(defended, labels, Looks(seed, range(len(images))), draws=1)
-    return ascend(objective, images, images, Linf(1.0), steps=LARGE_STEPS, step_size=0.2)
+    return ascend(objective, images, images, Linf(1.0), steps=steps, step_size=FAR / steps)
 
 
 def exact_loss(model: Model, images: Tensor, labels: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,10 +13,17 @@ from training import credibility
 from training.evaluation import Evaluation, clean_work
 from training.subject import Subject, Work
 
-HEALTH_IMAGES = 64
-HEALTH_STEPS = 8
-COSTLY_HEALTH_IMAGES = 12
-COSTLY_HEALTH_STEPS = 4
+
+class Looked(NamedTuple):
+    """How closely `health` looks: at so many images, with so many steps within eps, and without bounds."""
+
+    images: int
+    steps: int
+    far_steps: int
+
+
+HEALTH = Looked(images=64, steps=8, far_steps=10)
+COSTLY_HEALTH = Looked(images=12, steps=4, far_steps=5)
 
 
 def doubts(
@@ -47,24 +54,24 @@ def doubts(
 
 def health(evaluation: Evaluation, subject: Subject, clean: Tensor) -> list[str]:
     """What is wrong with the gradient of a defense, on a few images of those that it labels right."""
-    images, steps = looked_at(subject)
+    images, steps, far_steps = looked_at(subject)
     few = clean.nonzero().flatten()[:images]
     seed, eps = derive_seed(evaluation.recipe.seed, "health"), evaluation.recipe.eps
 
     def find() -> dict[str, Any]:
         chosen, defended = evaluation.chosen(few), subject.defended
         classes = len(evaluation.bundle.classes)
-        reasons = credibility.gradient_health(defended, *chosen, classes=classes, seed=seed)
+        reasons = credibility.gradient_health(defended, *chosen, classes=classes, seed=seed, far_steps=far_steps)
         return {"reasons": reasons + credibility.more_steps_help(defended, *chosen, eps=eps, seed=seed, steps=steps)}
 
-    found = evaluation.once({**evaluation.asked(subject), "health": few.tolist(), "steps": steps}, find)
+    found = evaluation.once({**evaluation.asked(subject), "health": few.tolist(), "steps": [steps, far_steps]}, find)
     reasons: list[str] = found["reasons"]
     return reasons
 
 
-def looked_at(subject: Subject) -> tuple[int, int]:
-    """How many images `health` looks at, and the steps of its longer attack."""
-    return (COSTLY_HEALTH_IMAGES, COSTLY_HEALTH_STEPS) if subject.descends else (HEALTH_IMAGES, HEALTH_STEPS)
+def looked_at(subject: Subject) -> Looked:
+    """How closely `health` looks at a defense."""
+    return COSTLY_HEALTH if subject.descends else HEALTH
 
 
 def work_of_checks(evaluation: Evaluation, subject: Subject) -> dict[str, tuple[int, Work]]:
@@ -74,8 +81,8 @@ def work_of_checks(evaluation: Evaluation, subject: Subject) -> dict[str, tuple[
     strong = evaluation.behind_the_gate(subject)
     for checked in {subject.name: subject, strong.name: strong}.values():
         count, _ = clean_work(evaluation, checked)
-        images, steps = looked_at(checked)
-        looks, answers = credibility.passes(steps, is_random=checked.defended.is_random)
+        images, steps, far_steps = looked_at(checked)
+        looks, answers = credibility.passes(steps, far_steps, is_random=checked.defended.is_random)
         found[f"gradient of {checked.name}"] = (min(images, count), Work(looks=looks, answers=answers))
         if checked is not subject:
             found[clean_answers(checked)] = (count, Work())

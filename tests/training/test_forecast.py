@@ -55,7 +55,7 @@ def test_what_serves_several_defenses_is_forecast_once(
     assert level_4["auto"] == verdicts
 
 
-CHECKS = credibility.passes(4, is_random=False)
+CHECKS = credibility.passes(4, 5, is_random=False)
 """Gradients and answers for each image, where a defense descends."""
 
 
@@ -74,7 +74,7 @@ def test_the_checks_are_forecast_where_there_is_a_worst_case_and_once(
     minutes = minutes_of_checks(evaluation, monkeypatch, UnitTimes(answer=0.0, gradient=60.0))
     assert minutes["zeropur"] == 6 * CHECKS[0]  # of no more images than are asked about
     assert minutes["auto"] == 12 * CHECKS[0]  # those of zeropur behind it are known
-    assert minutes["atop"] == 20 * credibility.passes(8, is_random=True)[0]
+    assert minutes["atop"] == 20 * credibility.passes(8, 10, is_random=True)[0]
     assert minutes["atop:rt3"] == 0.0
 
 
