@@ -23,7 +23,7 @@ class Looked(NamedTuple):
 
 
 HEALTH = Looked(images=64, steps=8, far_steps=10)
-COSTLY_HEALTH = Looked(images=12, steps=4, far_steps=5)
+COSTLY_HEALTH = Looked(images=10, steps=4, far_steps=5)
 
 
 def doubts(
