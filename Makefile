@@ -19,6 +19,7 @@ serve: setup  ## serve the shipped bundles on 127.0.0.1:8000
 	$(BIN)/python -m service
 
 test: setup  ## run every test; ARGS="-k purify" and the like go to pytest
+	@scripts/servers
 	$(BIN)/python -m pytest $(ARGS)
 
 check: setup  ## lint, formatting, types, import directions

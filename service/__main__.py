@@ -17,9 +17,10 @@ import uvicorn
 from prometheus_client import disable_created_metrics
 
 from service.allocator import keep_freed_memory
-from service.app import Loaded, create_app, decoder_threads, load_engine
+from service.app import create_app, decoder_threads
 from service.gateway import Gateway
 from service.images import BYTES_PER_DECODED_PIXEL
+from service.loading import Loaded, check_device, check_repository, load_engine
 from service.logs import configure_logging
 from service.middleware import MAX_ACTIVE_REQUESTS
 from service.settings import PREFIX, Settings, SettingsError, load_settings
@@ -96,7 +97,8 @@ class Server(uvicorn.Server):
 
 async def _announce_when_ready(gateway: Gateway, port: int) -> None:
     """Tell whoever started us by hand what to type next."""
-    while gateway.why_not_ready() in ("loading", "the engine is silent"):
+    elsewhere = gateway.settings.queue == "redis"  # workers may come at any time
+    while (reason := gateway.why_not_ready()) in ("loading", "the engine is silent") or (elsewhere and reason):
         await asyncio.sleep(0.05)
     if gateway.why_not_ready() is not None:
         return
@@ -138,23 +140,6 @@ def _listen(settings: Settings) -> socket.socket:
         place = f"{PREFIX}HOST and {PREFIX}PORT: cannot listen on {settings.host} port {settings.port}"
         raise SettingsError(f"{place}: {error.strerror}") from None
     return listener
-
-
-def _check_repository(settings: Settings) -> None:
-    """Raises SettingsError if there is no such directory; an empty one may be filled before the next start."""
-    if not settings.model_repository.is_dir():
-        raise SettingsError(f"{PREFIX}MODEL_REPOSITORY: {settings.model_repository} is not a directory")
-
-
-def _check_device(settings: Settings) -> None:
-    """Raises SettingsError if a CUDA device is required and absent."""
-    if settings.device.startswith("cuda"):
-        from service.engine import DeviceUnavailable, choose_device
-
-        try:
-            choose_device(settings.device)
-        except DeviceUnavailable as error:
-            raise SettingsError(str(error)) from None
 
 
 def _kept(loaded: Loaded) -> Loaded:
@@ -210,8 +195,9 @@ def main() -> None:
     ).parse_args()
     try:
         settings = load_settings()
-        _check_repository(settings)
-        _check_device(settings)
+        if settings.queue == "memory":
+            check_repository(settings)
+            check_device(settings)
         listener = _listen(settings)
     except SettingsError as error:
         print(error, file=sys.stderr)

@@ -8,20 +8,19 @@ import os
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
-from service.batching import Batcher, RunBatch
+from service.batching import Batcher
 from service.entropy import Entropy
 from service.errors import install_handlers
 from service.gateway import Gateway
+from service.loading import Loaded, load_engine
 from service.metrics import Metrics
 from service.middleware import DirectMiddleware, RequestMiddleware
 from service.probes import probes
-from service.repository import Catalog, load_repository, warm_bundles
+from service.repository import Catalog
 from service.routes import direct, router
 from service.settings import Settings
 from service.uploads import ByteBudget, budget_bytes
@@ -35,41 +34,10 @@ DESCRIPTION = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """What loading gives: bundles to describe, and an engine that is warm."""
-
-    catalog: Catalog
-    run_batch: RunBatch
-    engine: str
-    """Its name, for metrics."""
-    device: str
-    memory_bytes: Callable[[], float]
-
-
-def load_engine(settings: Settings) -> Loaded:
-    """Load the model repository and warm it up, in this process with torch. Takes seconds."""
-    from models import Bundle, load_bundle
-    from service.engine import Engine, choose_device
-
-    device = choose_device(settings.device)
-
-    def load(path: Path) -> Bundle:
-        bundle = load_bundle(path, device=device)
-        bundle.record()
-        return bundle
-
-    bundles, refused = load_repository(settings.model_repository, load, settings.max_image_pixels)
-    # An accelerator is tuned for full batches too; on a CPU a full batch of a slow defense takes seconds.
-    largest = settings.max_batch_size if device.type == "cuda" else min(4, settings.max_batch_size)
-    sizes = sorted({1, largest})
-    bundles, cold = warm_bundles(bundles, lambda name, bundle: Engine({name: bundle}, device).warm(sizes))
-    engine = Engine(bundles, device)
-    return Loaded(Catalog(bundles, [*refused, *cold]), engine.run, "torch", str(device), engine.memory_bytes)
-
-
 def create_app(settings: Settings, load: Callable[[Settings], Loaded] = load_engine) -> FastAPI:
-    """The application. It answers probes at once, and images as soon as `load` has come back."""
+    """The application. It answers probes at once, and images as soon as `load` has come back; with `QUEUE=redis` as
+    soon as a worker is there, and nothing is loaded.
+    """
     decoders = ThreadPoolExecutor(decoder_threads(), "decoder")
     budget = ByteBudget(budget_bytes(settings.max_batch_size, settings.max_image_bytes))
     gateway = Gateway(settings, Metrics(), decoders, budget, Entropy())
@@ -132,7 +100,29 @@ def _note_failure(gateway: Gateway, loading: asyncio.Task[None]) -> None:
 
 
 async def _start(gateway: Gateway, load: Callable[[Settings], Loaded]) -> None:
-    """Load, then open the queue."""
+    """Open the queue: in this process once the engine is loaded, or the one in Redis."""
+    if gateway.settings.queue == "redis":
+        _meet_workers(gateway)
+    else:
+        await _start_engine(gateway, load)
+
+
+def _meet_workers(gateway: Gateway) -> None:
+    from service.remote import RemoteQueue
+    from service.store import Store
+
+    def learn(catalog: Catalog) -> None:
+        gateway.catalog = catalog
+
+    settings = gateway.settings
+    store = Store(settings.redis_url.get_secret_value())
+    queue = RemoteQueue(store, max_queue_size=settings.max_queue_size, metrics=gateway.metrics, learn=learn)
+    gateway.metrics.watch(lambda: queue.depth, lambda: 0.0)
+    queue.start()
+    gateway.batcher = queue
+
+
+async def _start_engine(gateway: Gateway, load: Callable[[Settings], Loaded]) -> None:
     settings = gateway.settings
     # In a thread that ends: OpenMP counts the threads that each caller of torch has left waiting, and once there are
     # more than processors it puts workers to sleep between operations, which nearly doubles a request's time.

@@ -14,20 +14,10 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 
-from service.errors import (
-    ClarifierError,
-    ClientLeft,
-    DeadlineExceeded,
-    Draining,
-    InferenceFailed,
-    NotFinite,
-    NotReady,
-    Overloaded,
-)
+from service.dispatch import Dispatcher, Places, deliver, new_items
+from service.errors import ClarifierError, DeadlineExceeded, Draining, InferenceFailed, NotFinite, NotReady
 from service.metrics import Metrics
 from service.queue import BatchQueue, Completed, Item, Outcome
 from service.work import EngineFault, Key, Pixels, Ran
@@ -41,15 +31,8 @@ RunBatch = Callable[[Key, Sequence[Pixels], Sequence[int]], Ran]
 """Outcomes in the order of the images; an image can fail alone with the error in its place."""
 
 
-@dataclass(slots=True)
-class Places:
-    """How many places in the queue are kept for the images of one request, which are still being decoded."""
-
-    count: int = 0
-
-
-class Batcher:
-    """One queue, one engine thread. `reserve` keeps a place, `admit` takes it, `wait` waits for the answer."""
+class Batcher(Dispatcher):
+    """One queue and one engine thread in this process."""
 
     def __init__(
         self,
@@ -61,14 +44,13 @@ class Batcher:
         max_queue_size: int,
         metrics: Metrics,
     ) -> None:
+        super().__init__(max_queue_size)
         self._run_batch = run_batch
         self._engine_name = engine_name
-        self._max_queue_size = max_queue_size
         self._metrics = metrics
         self._queue = BatchQueue(max_batch_size, max_queue_delay_ms / 1000)
         self._changed = threading.Condition()
         self._running: list[Item] = []
-        self._reserved = 0
         self._hurrying = False
         self._finishing = False
         self._beat = time.monotonic()
@@ -82,42 +64,10 @@ class Batcher:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    def check_open(self, count: int = 1) -> None:
-        """Raise Draining, NotReady or Overloaded if `count` new items would be refused now."""
-        self._check_running()
-        if self._taken + count > self._max_queue_size:
-            raise Overloaded(f"{self._taken} of {self._max_queue_size} places are taken", limit=self._max_queue_size)
-
-    @contextmanager
-    def places(self) -> Iterator[Places]:
-        """Around a request, no place yet; those that `reserve` adds and `admit` does not use are free at the end."""
-        places = Places()
-        try:
-            yield places
-        finally:
-            self._free(places)
-
-    def reserve(self, places: Places, count: int) -> None:
-        """Add `count` places, all or none. Raises as `check_open`."""
-        self.check_open(count)
-        places.count += count
-        self._reserved += count
-
     def admit(
         self, places: Places, key: Key, images: Sequence[Pixels], seeds: Sequence[int], deadline: float
     ) -> list[Item]:
-        """Queue `images` on places that were kept for them; places to spare are free again.
-
-        Raises Draining, NotReady and DeadlineExceeded.
-        """
-        now = time.monotonic()
-        if now >= deadline:
-            raise DeadlineExceeded
-        loop = asyncio.get_running_loop()
-        items = [
-            Item(key, image, seed, deadline, now, loop.create_future())
-            for image, seed in zip(images, seeds, strict=True)
-        ]
+        items = new_items(key, images, seeds, deadline)
         assert len(items) <= places.count
         with self._changed:
             self._check_running()
@@ -128,34 +78,12 @@ class Batcher:
                 self._changed.notify()
         return items
 
-    async def wait(self, items: Sequence[Item]) -> list[Outcome]:
-        """What becomes of each of `items`, which were admitted together and are at least one.
-
-        At their deadline DeadlineExceeded, wherever they are then. A caller that is cancelled takes them out.
-        """
-        left_s = max(0.0, items[0].deadline - time.monotonic())
-        expiry = asyncio.get_running_loop().call_later(left_s, self._give_up, items, DeadlineExceeded)
-        try:
-            return [await item.future for item in items]
-        except asyncio.CancelledError:
-            self.withdraw(items)
-            raise
-        finally:
-            expiry.cancel()
-
-    def withdraw(self, items: Sequence[Item]) -> None:
-        """Forget `items`: their client has left, and whoever waits for them is told so."""
-        self._give_up(items, ClientLeft)
-
-    def _give_up(self, items: Sequence[Item], error: type[ClarifierError]) -> None:
-        unanswered = [item for item in items if item.future.cancelled() or not item.future.done()]
-        _deliver([(item, error()) for item in unanswered])
+    def _forget(self, items: Iterable[Item]) -> None:
         with self._changed:
-            for item in unanswered:
+            for item in items:
                 self._queue.discard(item)
 
     def drain(self) -> None:
-        """From now on items leave at once, without waiting for company."""
         with self._changed:
             self._hurrying = True
             self._changed.notify()
@@ -168,7 +96,6 @@ class Batcher:
             self._changed.notify()
 
     async def stop(self, timeout_s: float) -> None:
-        """Finish, give the engine `timeout_s` seconds for it, and answer 503 to whoever is left."""
         self.finish()
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join, timeout_s)
@@ -178,37 +105,29 @@ class Batcher:
         """Answer `error` to everybody who waits or runs."""
         with self._changed:
             items = [*self._queue.clear(), *self._running]
-        _deliver([(item, error) for item in items])
+        deliver([(item, error) for item in items])
 
     # --- facts, for probes and metrics
 
     @property
     def depth(self) -> int:
-        """How many wait."""
         return self._queue.depth
 
     @property
     def alive(self) -> bool:
-        """Whether the engine thread runs."""
         return self._thread.is_alive()
 
     @property
     def busy(self) -> bool:
-        """Whether a batch runs."""
         return bool(self._running)
 
     @property
     def silence_s(self) -> float:
-        """Seconds since the engine thread last showed that it is alive; infinite once it has ended."""
         return time.monotonic() - self._beat if self._thread.is_alive() else math.inf
 
     @property
-    def _taken(self) -> int:
-        return self._queue.depth + self._reserved
-
-    def _free(self, places: Places) -> None:
-        self._reserved -= places.count
-        places.count = 0
+    def problem(self) -> str | None:
+        return None
 
     def _check_running(self) -> None:
         if self._finishing:
@@ -299,16 +218,9 @@ class Batcher:
 
     def _hand_over(self, outcomes: Sequence[tuple[Item, Outcome]]) -> None:
         if outcomes:
-            self._call_on_loop(lambda: _deliver(outcomes))
+            self._call_on_loop(lambda: deliver(outcomes))
 
     def _call_on_loop(self, callback: Callable[[], None]) -> None:
         assert self._loop is not None
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(callback)
-
-
-def _deliver(outcomes: Sequence[tuple[Item, Outcome]]) -> None:
-    """Answer those who are still there; on the event loop."""
-    for item, outcome in outcomes:
-        if not item.future.done():
-            item.future.set_result(outcome)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from fastapi import Request
 
-from service.batching import Batcher
+from service.dispatch import Dispatcher
 from service.entropy import Entropy
 from service.errors import Draining, NotReady, UnknownModel
 from service.metrics import Metrics
@@ -25,7 +25,7 @@ STALE_BEAT_S = 2.0
 
 @dataclass
 class Gateway:
-    """Settings, metrics, decoders, randomness; once loaded, the catalog and the batcher in front of the engine."""
+    """Settings, metrics, decoders, randomness; once loaded, the catalog and what leads to the engine."""
 
     settings: Settings
     metrics: Metrics
@@ -33,7 +33,7 @@ class Gateway:
     uploads: ByteBudget
     entropy: Entropy
     catalog: Catalog = field(default_factory=lambda: Catalog({}))
-    batcher: Batcher | None = None
+    batcher: Dispatcher | None = None
     draining: bool = False
     """Set by the first SIGTERM: not ready any more, though work is accepted until the drain delay is over."""
     failure: str = ""
@@ -44,7 +44,7 @@ class Gateway:
     _in_flight: set[asyncio.Task[object]] = field(default_factory=set, init=False)
 
     @contextmanager
-    def let_in(self) -> Iterator[Batcher]:
+    def let_in(self) -> Iterator[Dispatcher]:
         """Around a request: once inside, it is answered even if a drain begins, whatever it is doing then.
 
         Raises NotReady, Draining or Overloaded if a new image would not be admitted now; Draining, out of whatever
@@ -64,7 +64,7 @@ class Gateway:
             self._in_flight.discard(task)
             self._finish_if_empty()
 
-    def _open_batcher(self) -> Batcher:
+    def _open_batcher(self) -> Dispatcher:
         if self._drain_ends is not None:
             raise Draining
         if self.batcher is None or not self.catalog.bundles:
@@ -104,6 +104,8 @@ class Gateway:
             return "draining"
         if self.batcher is None:
             return self.failure or "loading"
+        if (problem := self.batcher.problem) is not None:
+            return problem
         if not self.catalog.bundles:
             return "no bundle is loaded"
         if not self._has_default_model():

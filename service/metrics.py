@@ -45,6 +45,8 @@ class Metrics:
         self.predictions = self._counter("predictions", "Defended labels.", ("model", "label"))
         self.engine_errors = self._counter("engine_errors", "Failed batches and answers.", ("engine", "kind"))
         self.device_memory = self._gauge("device_memory_bytes", "Allocated on the accelerator; 0 on a CPU.")
+        self.redis_up = self._gauge("redis_up", "1 while Redis answers.")
+        self.redis_errors = self._counter("redis_errors", "What failed with Redis, and was tried again.", ("op",))
         self.model_info = self._gauge("model_info", "1 for each loaded bundle.", ("model", "digest", "device"))
 
     def _counter(self, name: str, text: str, labels: tuple[str, ...]) -> Counter:

@@ -17,7 +17,7 @@ from typing import Generic, ParamSpec, TypeVar
 from fastapi import Request
 
 from models.manifest import Manifest, UnknownDefense
-from service.batching import Batcher, Places
+from service.dispatch import Dispatcher, Places
 from service.errors import ClarifierError, ClientLeft, DeadlineExceeded
 from service.gateway import Gateway, gateway_of
 from service.images import Decoded, decode_if_quick, decode_image
@@ -52,7 +52,7 @@ class Question(Generic[P]):
     """A request whose query and headers are sound; its body has not been read."""
 
     gateway: Gateway
-    batcher: Batcher
+    batcher: Dispatcher
     places: Places
     account: Account
     record: Record
@@ -212,7 +212,7 @@ async def in_thread(
     return await asyncio.get_running_loop().run_in_executor(question.gateway.decoders, in_time)
 
 
-async def _withdraw_when_gone(request: Request, batcher: Batcher, items: Sequence[Item]) -> None:
+async def _withdraw_when_gone(request: Request, batcher: Dispatcher, items: Sequence[Item]) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         continue
     batcher.withdraw(items)

@@ -6,10 +6,22 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "CLARIFIER_"
+SECRETS = frozenset({"redis_url"})
+"""Fields whose values no message repeats."""
+REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 
 
 class SettingsError(ValueError):
@@ -29,8 +41,12 @@ class Settings(BaseSettings):
 
     engine: Literal["torch"] = "torch"
     """What runs the networks."""
-    queue: Literal["memory"] = "memory"
-    """Where images wait: in this process."""
+    queue: Literal["memory", "redis"] = "memory"
+    """Where images wait: in this process, with the engine in it; or in Redis, for engines in workers."""
+    redis_url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")
+    """Of the Redis that gateways and workers meet in; it may hold a password, and is never logged."""
+    worker_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """Where a worker answers /livez, /readyz and /metrics; None: nowhere."""
 
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
@@ -58,6 +74,13 @@ class Settings(BaseSettings):
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["json", "text"] = "text"
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis_scheme(cls, url: SecretStr) -> SecretStr:
+        if not url.get_secret_value().startswith(REDIS_SCHEMES):
+            raise ValueError(f"is none of {', '.join(REDIS_SCHEMES)}")
+        return url
 
     @model_validator(mode="after")
     def _contradictions(self) -> Self:
@@ -92,4 +115,6 @@ def _one_line(error: ValidationError) -> str:
     if not problem["loc"]:
         return problem["msg"].removeprefix("Value error, ")
     name = str(problem["loc"][0]).upper().removeprefix(PREFIX)
+    if name.lower() in SECRETS:
+        return f"{PREFIX}{name}: {problem['msg']}"
     return f"{PREFIX}{name}: {problem['msg']}, not {problem['input']!r}"

@@ -17,24 +17,31 @@ import uvicorn
 
 from service.app import create_app
 from service.gateway import Gateway
+from service.loading import Loaded
 from service.settings import Settings
 from tests.service.fakes import FakeBundle, green, loaded, png
 
 
 @dataclass
-class Running:
-    """A server that answers, and what is inside it."""
+class Server:
+    """A server, and what is inside it."""
 
     client: httpx.Client
-    bundle: FakeBundle
     gateway: Gateway
     port: int
-    refused: Counter[str] = field(default_factory=Counter)
-    """How often each code was expected so far."""
 
     def metric(self, name: str, **labels: str) -> float:
         """The value of a sample, 0 where there is none."""
         return self.gateway.metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+@dataclass
+class Running(Server):
+    """A server that answers."""
+
+    bundle: FakeBundle
+    refused: Counter[str] = field(default_factory=Counter)
+    """How often each code was expected so far."""
 
     def still_answers(self) -> bool:
         """Whether the next good request gets its answer."""
@@ -64,7 +71,18 @@ class Running:
 def running(bundle: FakeBundle, **settings: Any) -> Iterator[Running]:
     """A server on a free port of this machine."""
     options: dict[str, Any] = {"default_model": bundle.manifest.name, "drain_timeout_s": 5.0}
-    app = create_app(Settings(**(options | settings)), lambda _: loaded(bundle))
+    with serving(lambda _: loaded(bundle), options | settings) as server:
+        try:
+            until(lambda: server.gateway.why_not_ready() is None)
+            yield Running(server.client, server.gateway, server.port, bundle)
+        finally:
+            bundle.gate.set()
+
+
+@contextmanager
+def serving(load: Callable[[Settings], Loaded], settings: dict[str, Any]) -> Iterator[Server]:
+    """An application on a free port, ready or not."""
+    app = create_app(Settings(**settings), load)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, http="httptools", log_config=None, access_log=False))
@@ -72,11 +90,9 @@ def running(bundle: FakeBundle, **settings: Any) -> Iterator[Running]:
     thread.start()
     port = listener.getsockname()[1]
     try:
-        until(lambda: app.state.gateway.why_not_ready() is None)
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-            yield Running(client, bundle, app.state.gateway, port)
+            yield Server(client, app.state.gateway, port)
     finally:
-        bundle.gate.set()
         server.should_exit = True
         thread.join(20)
         listener.close()

@@ -14,10 +14,12 @@ import httpx
 import pytest
 
 from models.recorded import Recorded
-from service.app import Loaded, create_app, load_engine
+from service.app import create_app
 from service.engine import Engine
+from service.loading import Loaded, load_engine
 from service.settings import Settings
-from tests.service.fakes import FakeBundle, fake_manifest, green, loaded, png
+from tests.service.fakes import FakeBundle, green, loaded, png
+from tests.service.manifests import fake_manifest
 
 GOOD = png(green())
 

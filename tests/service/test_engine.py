@@ -14,7 +14,8 @@ from service.errors import NotFinite
 from service.images import to_floats
 from service.work import Classified, Detected, EngineFault, Key, Operation, Pixels, Purified
 from tests.networks import SIZE, tiny_bundle, with_auto
-from tests.service.fakes import CLASSES, NAN_VALUE, SIDE, FakeBundle, fake_manifest, green, marked
+from tests.service.fakes import NAN_VALUE, FakeBundle, green, marked
+from tests.service.manifests import CLASSES, SIDE, fake_manifest
 
 NAME = "colors@1"
 CLASSIFY = Key(Operation.CLASSIFY, NAME)

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from service.batching import Batcher
 from service.repository import Catalog
 from tests.service.conftest import Running, until
 from tests.service.fakes import FATAL_VALUE, green, marked, png
@@ -31,7 +32,7 @@ def test_a_running_batch_does_not_make_the_service_unready(start: Callable[..., 
     with ThreadPoolExecutor(1) as clients:
         held = clients.submit(server.client.post, "/classify", content=GOOD)
         assert server.bundle.entered.wait(20)
-        assert server.gateway.batcher is not None
+        assert isinstance(server.gateway.batcher, Batcher)
         server.gateway.batcher._beat -= 10  # it has run for ten seconds
         assert probes(server) == (200, 200)
         server.gateway.batcher._beat -= 25  # longer than any request may take

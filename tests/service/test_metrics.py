@@ -22,6 +22,7 @@ CONTRACT = {
     "requests_total", "request_duration_seconds", "stage_duration_seconds", "batch_size", "queue_depth",
     "rejected_total", "aid_score", "suspicious_total", "flips_total", "predictions_total",
     "engine_errors_total", "device_memory_bytes", "model_info", "mislabeled_total",
+    "redis_up", "redis_errors_total",
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from service.app import decoder_threads
-from service.batching import Places
+from service.dispatch import Places
 from service.uploads import QUICK_FORM_BYTES
 from service.work import Key
 from tests.service.conftest import Running, until

@@ -8,7 +8,8 @@ import pytest
 
 from service.errors import UnknownModel
 from service.repository import Catalog, load_repository, warm_bundles
-from tests.service.fakes import FakeBundle, fake_manifest
+from tests.service.fakes import FakeBundle
+from tests.service.manifests import fake_manifest
 
 
 def place(root: Path, *names: str) -> Path:

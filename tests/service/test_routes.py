@@ -21,17 +21,8 @@ from service.images import BYTES_PER_DECODED_PIXEL, to_floats
 from service.schemas import Problem
 from service.work import Pixels
 from tests.service.conftest import Running, running, until
-from tests.service.fakes import (
-    NAN_SCORE_VALUE,
-    NAN_VALUE,
-    POISON_VALUE,
-    FakeBundle,
-    encoded,
-    fake_manifest,
-    green,
-    marked,
-    png,
-)
+from tests.service.fakes import NAN_SCORE_VALUE, NAN_VALUE, POISON_VALUE, FakeBundle, encoded, green, marked, png
+from tests.service.manifests import fake_manifest
 
 GOOD = png(green())
 ANSWER = {

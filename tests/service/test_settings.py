@@ -62,6 +62,8 @@ def test_row_79_an_unknown_name_is_refused(name: str, monkeypatch: pytest.Monkey
         ("LOG_FORMAT", "xml"),
         ("LOG_LEVEL", "LOUD"),
         ("DEFAULT_MODEL", ""),
+        ("REDIS_URL", "http://127.0.0.1"),
+        ("WORKER_PORT", "65536"),
     ],
 )
 def test_row_79_a_value_out_of_range_is_refused_in_one_line_that_names_it(
@@ -91,3 +93,16 @@ def test_row_79_contradictions_are_refused_with_both_names(
     with pytest.raises(SettingsError) as caught:
         load_settings()
     assert all(f"CLARIFIER_{name}" in str(caught.value) for name in names)
+
+
+@pytest.mark.parametrize("scheme", ["redis", "http"])
+def test_row_82_a_password_is_never_repeated(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLARIFIER_REDIS_URL", f"{scheme}://:canary@127.0.0.1/0")
+    try:
+        settings = load_settings()
+    except SettingsError as error:
+        said = str(error)
+    else:
+        said = f"{settings!r} {settings.model_dump(mode='json')}"
+        assert "canary" in settings.redis_url.get_secret_value()
+    assert "canary" not in said

@@ -1,0 +1,162 @@
+"""What stands between the routes and an engine: places are kept, images go in, outcomes come back.
+
+`batching.Batcher` does it in this process, `remote.RemoteQueue` through Redis.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from service.errors import ClarifierError, ClientLeft, DeadlineExceeded, Overloaded
+from service.queue import Item, Outcome
+from service.work import Key, Pixels
+
+
+@dataclass(slots=True)
+class Places:
+    """How many places in the queue are kept for the images of one request, which are still being decoded."""
+
+    count: int = 0
+
+
+class Dispatcher(ABC):
+    """One queue. `reserve` keeps a place, `admit` takes it, `wait` waits for the answer."""
+
+    def __init__(self, max_queue_size: int) -> None:
+        self._max_queue_size = max_queue_size
+        self._reserved = 0
+
+    # --- a request's way
+
+    def check_open(self, count: int = 1) -> None:
+        """Raise Draining, NotReady or Overloaded if `count` new items would be refused now."""
+        self._check_running()
+        taken = self.depth + self._reserved
+        if taken + count > self._max_queue_size:
+            raise Overloaded(f"{taken} of {self._max_queue_size} places are taken", limit=self._max_queue_size)
+
+    @contextmanager
+    def places(self) -> Iterator[Places]:
+        """Around a request, no place yet; those that `reserve` adds and `admit` does not use are free at the end."""
+        places = Places()
+        try:
+            yield places
+        finally:
+            self._free(places)
+
+    def reserve(self, places: Places, count: int) -> None:
+        """Add `count` places, all or none. Raises as `check_open`."""
+        self.check_open(count)
+        places.count += count
+        self._reserved += count
+
+    @abstractmethod
+    def admit(
+        self, places: Places, key: Key, images: Sequence[Pixels], seeds: Sequence[int], deadline: float
+    ) -> list[Item]:
+        """Queue `images` on places that were kept for them; places to spare are free again.
+
+        Raises Draining, NotReady and DeadlineExceeded.
+        """
+
+    async def wait(self, items: Sequence[Item]) -> list[Outcome]:
+        """What becomes of each of `items`, which were admitted together and are at least one.
+
+        At their deadline DeadlineExceeded, wherever they are then. A caller that is cancelled takes them out.
+        """
+        left_s = max(0.0, items[0].deadline - time.monotonic())
+        expiry = asyncio.get_running_loop().call_later(left_s, self._give_up, items, DeadlineExceeded)
+        try:
+            return [await item.future for item in items]
+        except asyncio.CancelledError:
+            self.withdraw(items)
+            raise
+        finally:
+            expiry.cancel()
+
+    def withdraw(self, items: Sequence[Item]) -> None:
+        """Forget `items`: their client has left, and whoever waits for them is told so."""
+        self._give_up(items, ClientLeft)
+
+    def _give_up(self, items: Sequence[Item], error: type[ClarifierError]) -> None:
+        unanswered = [item for item in items if item.future.cancelled() or not item.future.done()]
+        deliver([(item, error()) for item in unanswered])
+        self._forget(unanswered)
+
+    # --- the end
+
+    @abstractmethod
+    def drain(self) -> None:
+        """From now on items leave at once, without waiting for company."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Nobody else will come."""
+
+    @abstractmethod
+    async def stop(self, timeout_s: float) -> None:
+        """Finish, give the engine `timeout_s` seconds for it, and answer 503 to whoever is left."""
+
+    # --- facts, for probes and metrics
+
+    @property
+    @abstractmethod
+    def depth(self) -> int:
+        """How many wait."""
+
+    @property
+    @abstractmethod
+    def alive(self) -> bool:
+        """Whether what answers still runs; once it has ended, only another process can help."""
+
+    @property
+    @abstractmethod
+    def busy(self) -> bool:
+        """Whether a batch is known to run."""
+
+    @property
+    @abstractmethod
+    def silence_s(self) -> float:
+        """Seconds since the engine's last sign of life, infinite once it has ended; 0 if it is none of this process."""
+
+    @property
+    @abstractmethod
+    def problem(self) -> str | None:
+        """Why nobody can be answered now, silence apart; None if there is no such reason."""
+
+    # --- what differs
+
+    @abstractmethod
+    def _check_running(self) -> None:
+        """Raise Draining or NotReady if nobody is let in now."""
+
+    @abstractmethod
+    def _forget(self, items: Iterable[Item]) -> None:
+        """Take `items`, which have their outcome, out of the queue."""
+
+    def _free(self, places: Places) -> None:
+        self._reserved -= places.count
+        places.count = 0
+
+
+def new_items(key: Key, images: Sequence[Pixels], seeds: Sequence[int], deadline: float) -> list[Item]:
+    """One item for each image, waiting since now. Raises DeadlineExceeded."""
+    now = time.monotonic()
+    if now >= deadline:
+        raise DeadlineExceeded
+    loop = asyncio.get_running_loop()
+    return [
+        Item(key, image, seed, deadline, now, loop.create_future()) for image, seed in zip(images, seeds, strict=True)
+    ]
+
+
+def deliver(outcomes: Iterable[tuple[Item, Outcome]]) -> None:
+    """Answer those who are still there; on the event loop."""
+    for item, outcome in outcomes:
+        if not item.future.done():
+            item.future.set_result(outcome)

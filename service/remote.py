@@ -1,0 +1,324 @@
+"""A gateway's way to engines that are elsewhere: images go into Redis, outcomes come back, and no engine is here.
+
+Three loops, none of which an error ends: `_send` hands over what was admitted or withdrawn, many requests at a time;
+`_receive` answers; `_watch` says that this gateway lives and learns who works. Images stay here until they are
+answered, so that a Redis that has forgotten them is given them again. Every deadline is this gateway's own, by the
+monotonic clock: an entry that is too late is taken out of Redis, and no clock is compared with another machine's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from models.manifest import Manifest
+from service.dispatch import Dispatcher, Places, deliver, new_items
+from service.errors import Draining, NotReady, Overloaded
+from service.metrics import Metrics
+from service.queue import Completed, Item, Outcome
+from service.repository import Catalog
+from service.store import RedisError, Store
+from service.wire import Malformed, Reply, pack_work, unpack_reply
+from service.work import Key, Pixels
+
+logger = logging.getLogger(__name__)
+
+BEAT_S = 0.5
+"""Between two looks at who works and how much waits."""
+RETRY_S = 0.2
+"""After an error, before Redis is tried again."""
+ANSWERS_WAIT_MS = 500
+START = "0-0"
+"""Before the first entry of a stream."""
+UNREACHABLE = (RedisError, OSError, TimeoutError)
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteBundle:
+    """What a worker says of a bundle that it serves."""
+
+    manifest: Manifest
+    digest: str
+    report: Mapping[str, object]
+
+
+@dataclass(slots=True)
+class Sent:
+    """An image that is not answered yet."""
+
+    uid: str
+    item: Item
+    digest: str
+    entry: str | None = None
+    """Its name in Redis, once it is there."""
+
+
+class RemoteQueue(Dispatcher):
+    """The queue in Redis, as one gateway sees it. `learn` is told of the bundles whenever they change."""
+
+    def __init__(
+        self, store: Store, *, max_queue_size: int, metrics: Metrics, learn: Callable[[Catalog], None]
+    ) -> None:
+        super().__init__(max_queue_size)
+        self.name = secrets.token_hex(8)
+        self._store = store
+        self._metrics = metrics
+        self._learn = learn
+        self._numbers = itertools.count()
+        self._sent: dict[str, Sent] = {}
+        """By uid: everything that is not answered, sent or not."""
+        self._uids: dict[Item, str] = {}
+        self._unsent: list[list[Sent]] = []
+        self._unwanted: list[tuple[str, str]] = []
+        self._wake = asyncio.Event()
+        self._read = START
+        self._elsewhere = 0
+        """Entries in Redis at the last look, those of all gateways."""
+        self._digests: dict[str, str] = {}
+        self._bundles: dict[str, RemoteBundle] = {}
+        self._devices: dict[str, str] = {}
+        self._run_id: str | None = None
+        self._problem: str | None = "loading"
+        self._finishing = False
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Start the loops, on the running event loop."""
+        loops = (("watch", self._look), ("send", self._hand_over), ("receive", self._take_answers))
+        self._tasks = [asyncio.create_task(self._forever(op, step), name=f"redis-{op}") for op, step in loops]
+
+    # --- a request's way
+
+    def admit(
+        self, places: Places, key: Key, images: Sequence[Pixels], seeds: Sequence[int], deadline: float
+    ) -> list[Item]:
+        self._check_running()
+        digest = self._digests.get(key.model)
+        if digest is None:
+            raise NotReady(f"no worker serves {key.model}")
+        items = new_items(key, images, seeds, deadline)
+        assert len(items) <= places.count
+        self._free(places)
+        request = [Sent(f"{self.name}-{next(self._numbers)}", item, digest) for item in items]
+        for sent in request:
+            self._sent[sent.uid], self._uids[sent.item] = sent, sent.uid
+        self._unsent.append(request)
+        self._wake.set()
+        return items
+
+    def _forget(self, items: Iterable[Item]) -> None:
+        for item in items:
+            uid = self._uids.pop(item, None)
+            sent = None if uid is None else self._sent.pop(uid)
+            if sent is not None and sent.entry is not None:
+                self._unwanted.append((sent.digest, sent.entry))
+                self._wake.set()
+
+    def _answer(self, sent: Sent, outcome: Outcome) -> None:
+        self._uids.pop(sent.item, None)
+        self._sent.pop(sent.uid, None)
+        deliver([(sent.item, outcome)])
+
+    def _check_running(self) -> None:
+        if self._finishing:
+            raise Draining
+        if self._problem is not None:
+            raise NotReady(self._problem)
+
+    # --- the end
+
+    def drain(self) -> None:
+        """Workers are not told: others need them."""
+
+    def finish(self) -> None:
+        self._finishing = True
+
+    async def stop(self, timeout_s: float) -> None:
+        self.finish()
+        ends = time.monotonic() + timeout_s
+        while self._sent and self._problem is None and time.monotonic() < ends:
+            await asyncio.sleep(0.01)
+        self._give_up([sent.item for sent in self._sent.values()], Draining)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        try:
+            await self._store.withdraw(self._unwanted)
+            await self._store.forget_gateway(self.name)
+        except UNREACHABLE:
+            logger.warning("Redis could not be told that this gateway ends")
+        await self._store.close()
+
+    # --- facts, for probes and metrics
+
+    @property
+    def depth(self) -> int:
+        return self._elsewhere + sum(map(len, self._unsent))
+
+    @property
+    def alive(self) -> bool:
+        return not self._tasks or not all(task.done() for task in self._tasks)
+
+    @property
+    def busy(self) -> bool:
+        return False
+
+    @property
+    def silence_s(self) -> float:
+        return 0.0
+
+    @property
+    def problem(self) -> str | None:
+        return self._problem
+
+    # --- the loops
+
+    async def _forever(self, op: str, step: Callable[[], Awaitable[None]]) -> None:
+        """One step after the other; one that fails is counted, and tried again."""
+        while True:
+            try:
+                await step()
+            except UNREACHABLE as error:
+                self._metrics.redis_errors.labels(op).inc()
+                self._note_problem("Redis cannot be reached", error)
+                await asyncio.sleep(RETRY_S)
+            except Exception:
+                logger.exception("the loop %s stumbled", op)
+                await asyncio.sleep(RETRY_S)
+
+    def _note_problem(self, problem: str | None, error: Exception | None = None) -> None:
+        if problem != self._problem:
+            logger.log(logging.INFO if problem is None else logging.ERROR, "%s", problem or "workers are there")
+            if error is not None:
+                logger.error("Redis: %s", type(error).__name__)
+        self._problem = problem
+        self._metrics.redis_up.set(error is None)
+
+    async def _hand_over(self) -> None:
+        """Add what was admitted, withdraw what nobody waits for. What fails is there for the next turn."""
+        await self._wake.wait()
+        self._wake.clear()
+        requests = [[sent for sent in request if sent.uid in self._sent] for request in self._unsent]
+        requests, self._unsent = [request for request in requests if request], []
+        unwanted, self._unwanted = self._unwanted, []
+        try:
+            if requests:
+                now = time.monotonic()
+                packed = [
+                    (request[0].digest, [self._pack(sent, 1000 * (sent.item.deadline - now)) for sent in request])
+                    for request in requests
+                ]
+                added = await self._store.add(packed, self._max_queue_size)
+                for request, result in zip(requests, added, strict=True):
+                    self._note_added(request, result.length, result.entries)
+                requests = []
+            if unwanted:
+                await self._store.withdraw(unwanted)
+                unwanted = []
+        finally:
+            self._unsent[:0], self._unwanted[:0] = requests, unwanted
+            if requests or unwanted:
+                self._wake.set()
+
+    def _pack(self, sent: Sent, left_ms: float) -> dict[bytes, bytes]:
+        return pack_work(sent.uid, self.name, sent.item, left_ms)
+
+    def _note_added(self, request: Sequence[Sent], length: int, entries: Sequence[str] | None) -> None:
+        if entries is None:
+            for sent in request:
+                self._answer(sent, Overloaded(f"{length} of {self._max_queue_size} places are taken"))
+            return
+        self._elsewhere = length
+        for sent, entry in zip(request, entries, strict=True):
+            sent.entry = entry
+            if sent.uid not in self._sent:  # its client left while it was on the way
+                self._unwanted.append((sent.digest, entry))
+                self._wake.set()
+
+    async def _take_answers(self) -> None:
+        for entry, fields in await self._store.answers(self.name, self._read, ANSWERS_WAIT_MS):
+            self._read = entry
+            try:
+                self._note_reply(unpack_reply(fields))
+            except Malformed:
+                logger.error("an answer in Redis cannot be read: it is left out")
+                self._metrics.redis_errors.labels("malformed").inc()
+
+    def _note_reply(self, reply: Reply) -> None:
+        sent = self._sent.get(reply.uid)
+        if sent is None:  # its client has left, or it was answered before
+            return
+        outcome = reply.outcome
+        if isinstance(outcome, Completed):
+            waited_ms = 1000 * (time.monotonic() - sent.item.enqueued_at) - outcome.inference_ms
+            outcome = Completed(
+                outcome.answer, max(0.0, waited_ms), outcome.inference_ms, outcome.batch_size, outcome.stage_ms
+            )
+        self._answer(sent, outcome)
+
+    async def _look(self) -> None:
+        """Say that this gateway lives, see who works, and find out what Redis has lost."""
+        await self._store.beat_gateway(self.name, self._read)
+        run_id = await self._store.run_id()
+        if self._run_id not in (None, run_id):
+            await self._send_again()
+        self._run_id = run_id
+        await self._meet(await self._store.roster())
+        self._elsewhere = await self._store.lengths(sorted(set(self._digests.values())))
+        await asyncio.sleep(BEAT_S)
+
+    async def _send_again(self) -> None:
+        """This Redis has begun anew: what it does not know is sent to it again."""
+        self._read = START
+        waiting = [sent for sent in self._sent.values() if sent.entry is not None]
+        lost = await self._store.lost([(sent.digest, sent.entry or "") for sent in waiting])
+        again = [sent for sent, is_lost in zip(waiting, lost, strict=True) if is_lost]
+        logger.warning("Redis has begun anew: %d of %d images are sent again", len(again), len(waiting))
+        for sent in again:
+            sent.entry = None
+            self._unsent.append([sent])
+        self._wake.set()
+
+    async def _meet(self, roster: Mapping[str, Mapping[str, Any]]) -> None:
+        """Serve what living workers serve. Where two disagree on a bundle, what more of them have is asked for."""
+        served = [(name, digest) for says in roster.values() for name, digest in says["bundles"].items()]
+        names = sorted({name for name, _ in served})
+        digests = {
+            name: max(sorted({d for n, d in served if n == name}), key=lambda d: served.count((name, d)))
+            for name in names
+        }
+        if digests != self._digests:
+            await self._describe(digests, roster)
+        self._note_problem(None if self._digests else "no worker is there")
+
+    async def _describe(self, digests: Mapping[str, str], roster: Mapping[str, Mapping[str, Any]]) -> None:
+        bundles = dict[str, RemoteBundle]()
+        for name, digest in digests.items():
+            known = self._bundles.get(digest) or await self._fetch(digest)
+            if known is not None:
+                self._bundles[digest] = bundles[name] = known
+        self._metrics.model_info.clear()
+        for name, bundle in bundles.items():
+            for device in {str(says["device"]) for says in roster.values() if name in says["bundles"]}:
+                self._metrics.model_info.labels(name, bundle.digest, device).set(1)
+        self._digests = {name: bundle.digest for name, bundle in bundles.items()}
+        self._learn(Catalog(bundles))
+        logger.info("served by %d workers: %s", len(roster), ", ".join(bundles) or "nothing")
+
+    async def _fetch(self, digest: str) -> RemoteBundle | None:
+        described = await self._store.bundle(digest)
+        if described is None:
+            return None
+        try:
+            return RemoteBundle(Manifest.model_validate(described["manifest"]), digest, described["report"])
+        except (KeyError, TypeError, ValidationError):
+            logger.error("what Redis says of a bundle cannot be read: %.12s is left out", digest)
+            return None
