@@ -73,7 +73,7 @@ def test_the_checks_are_forecast_where_there_is_a_worst_case_and_once(
     evaluation = evaluation_of(bundle, color_set(20), tmp_path, defenses=names, grey_box_only=["atop:rt3"])
     minutes = minutes_of_checks(evaluation, monkeypatch, UnitTimes(answer=0.0, gradient=60.0))
     assert minutes["zeropur"] == 6 * CHECKS[0]  # of no more images than are asked about
-    assert minutes["auto"] == 12 * CHECKS[0]  # those of zeropur behind it are known
+    assert minutes["auto"] == 10 * CHECKS[0]  # those of zeropur behind it are known
     assert minutes["atop"] == 20 * credibility.passes(8, 10, is_random=True)[0]
     assert minutes["atop:rt3"] == 0.0
 
@@ -84,7 +84,7 @@ def test_the_checks_of_a_gate_alone_are_those_of_what_stands_behind_it_too(
     evaluation = evaluation_of(load_bundle(finished.bundle), color_set(20), tmp_path, defenses=["auto"])
     minutes = minutes_of_checks(evaluation, monkeypatch, UnitTimes(answer=60.0, gradient=0.0))
     clean, attacked = 6, 4
-    assert minutes["auto"] == (12 + 6) * CHECKS[1] + clean + attacked
+    assert minutes["auto"] == (10 + 6) * CHECKS[1] + clean + attacked
 
 
 def test_no_checks_are_forecast_where_none_are_made(
