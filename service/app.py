@@ -108,7 +108,7 @@ async def _start(gateway: Gateway, load: Callable[[Settings], Loaded]) -> None:
 
 
 def _meet_workers(gateway: Gateway) -> None:
-    from service.remote import RemoteQueue
+    from service.remote_queue import RemoteQueue
     from service.store import Store
 
     def learn(catalog: Catalog) -> None:

@@ -25,8 +25,8 @@ from redis.exceptions import RedisError, ResponseError
 
 from service.wire import Fields
 
-__all__ = ["RedisError", "Store"]
-
+UNREACHABLE = (RedisError, OSError, TimeoutError)
+"""What every method raises where Redis cannot be reached, or refuses."""
 WORK = "clarifier:work:"
 ANSWERS = "clarifier:answers:"
 GATEWAY = "clarifier:gateway:"
@@ -39,8 +39,10 @@ GROUP = "workers"
 
 COMMAND_TIMEOUT_S = 1.0
 """For Redis to answer what it need not wait for."""
-LIFE_MS = 3000
-"""How long a gateway or worker counts as alive after its last beat."""
+WORKER_LIFE_MS = 3000
+"""How long a worker counts as alive after its last beat."""
+GATEWAY_LIFE_MS = 60_000
+"""The same of a gateway: a stalled one must not lose answers."""
 KEPT_S = 86_400
 """How long streams and bundles outlive the last beat of whoever uses them."""
 MAX_PARKED = 1000
@@ -60,12 +62,13 @@ end
 return reply
 """
 FINISH = """
--- KEYS: work stream, answer stream, gateway. ARGV: group, entry, most answers, fields and values.
+-- KEYS: work stream, answer stream, gateway. ARGV: group, entry, most answers, seconds to keep them, fields and values.
 -- Only the first to come answers, and only a gateway that lives.
 if redis.call('XACK', KEYS[1], ARGV[1], ARGV[2]) == 0 then return 0 end
 redis.call('XDEL', KEYS[1], ARGV[2])
 if redis.call('EXISTS', KEYS[3]) == 1 then
-    redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[3], '*', unpack(ARGV, 4))
+    redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[3], '*', unpack(ARGV, 5))
+    redis.call('EXPIRE', KEYS[2], ARGV[4])
 end
 return 1
 """
@@ -90,7 +93,7 @@ class Added:
 
 
 class Store:
-    """Connections to one Redis. Every method raises RedisError where it cannot be reached or refuses."""
+    """Connections to one Redis. Every method may raise one of `UNREACHABLE`."""
 
     def __init__(self, url: str) -> None:
         never = Retry(NoBackoff(), 0)  # whoever calls decides what to do
@@ -150,9 +153,8 @@ class Store:
     async def beat_gateway(self, gateway: str, read: str) -> None:
         """This gateway lives, and has read the answers up to the entry `read`."""
         pipeline = self._redis.pipeline(transaction=False)
-        pipeline.set(GATEWAY + gateway, 1, px=LIFE_MS)
+        pipeline.set(GATEWAY + gateway, 1, px=GATEWAY_LIFE_MS)
         pipeline.xtrim(ANSWERS + gateway, minid=read, approximate=False)
-        pipeline.expire(ANSWERS + gateway, KEPT_S)
         await pipeline.execute()
 
     async def forget_gateway(self, gateway: str) -> None:
@@ -198,7 +200,7 @@ class Store:
         """This worker lives; False if Redis has lost what `prepare` left there."""
         pipeline = self._redis.pipeline(transaction=False)
         pipeline.sadd(WORKERS, worker)
-        pipeline.set(WORKER + worker, json.dumps(says), px=LIFE_MS)
+        pipeline.set(WORKER + worker, json.dumps(says), px=WORKER_LIFE_MS)
         for digest in digests:
             pipeline.expire(WORK + digest, KEPT_S)
             pipeline.expire(BUNDLE + digest, KEPT_S)
@@ -244,7 +246,7 @@ class Store:
         """Answer an entry; False if somebody else has, or nobody waits for it any more."""
         keys = [WORK + taken.digest, ANSWERS + gateway, GATEWAY + gateway]
         values = [part for pair in fields.items() for part in pair]
-        return bool(await self._finish(keys=keys, args=[GROUP, taken.entry, MAX_ANSWERS, *values]))
+        return bool(await self._finish(keys=keys, args=[GROUP, taken.entry, MAX_ANSWERS, KEPT_S, *values]))
 
     async def discard(self, taken: Taken) -> None:
         """Take an entry out without an answer."""

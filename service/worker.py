@@ -1,9 +1,4 @@
-"""`python -m service.worker`: an engine that takes its images from Redis. Start as many as there are devices.
-
-A worker takes what waits, runs it, and answers the gateways that hold the requests. What it has it touches every
-second. What another worker has not touched for `IDLE_MS` it claims, one entry at a time and alone, so that an entry
-that kills its worker takes no neighbor along again; after `MAX_DELIVERIES` workers it is parked and answered 500.
-"""
+"""`python -m service.worker`: an engine that takes its images from Redis. Start as many as there are devices."""
 
 from __future__ import annotations
 
@@ -12,11 +7,9 @@ import asyncio
 import contextlib
 import logging
 import os
-import secrets
 import signal
 import sys
-import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import uvicorn
 from prometheus_client import disable_created_metrics
@@ -25,281 +18,17 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from models.manifest import UnknownDefense
-from service.batching import Batcher
-from service.dispatch import Places
-from service.errors import ClarifierError, ClientLeft, Draining, InferenceFailed, NotReady
 from service.loading import Loaded, check_device, check_repository, load_engine
 from service.logs import configure_logging
 from service.metrics import Metrics
-from service.queue import Item, Outcome
+from service.remote_engine import RemoteEngine
 from service.settings import Settings, SettingsError, load_settings
-from service.store import RedisError, Store, Taken
-from service.wire import Malformed, Work, pack_reply, unpack_work
+from service.store import Store
 
 logger = logging.getLogger("service.worker")
 
-BEAT_S = 1.0
-TAKE_WAIT_MS = 500
-"""For something to come, before the worker looks whether it shall end."""
-IDLE_MS = 3000
-"""An entry that was not touched for so long belongs to nobody."""
-MAX_DELIVERIES = 3
-"""So many workers may die over an entry."""
-RETRY_S = 0.2
 MISCONFIGURED = 2
 ENGINE_DIED = 70
-UNREACHABLE = (RedisError, OSError, TimeoutError)
-UNANSWERED = (Draining, NotReady, ClientLeft)
-"""Outcomes that are for another worker, or for nobody."""
-
-
-class Worker:
-    """One engine between Redis and its gateways."""
-
-    def __init__(self, settings: Settings, loaded: Loaded, store: Store, metrics: Metrics) -> None:
-        self.name = secrets.token_hex(8)
-        self.draining = False
-        self._settings = settings
-        self._loaded = loaded
-        self._store = store
-        self._metrics = metrics
-        self._digests = {bundle.digest: name for name, bundle in loaded.catalog.bundles.items()}
-        self._batcher = Batcher(
-            loaded.run_batch,
-            engine_name=loaded.engine,
-            max_batch_size=settings.max_batch_size,
-            max_queue_delay_ms=0,  # company is waited for in Redis
-            max_queue_size=sys.maxsize,
-            metrics=metrics,
-        )
-        self._held: dict[str, Taken] = {}
-        """What this worker has, by entry."""
-        self._items: dict[str, Item] = {}
-        """What of it waits for the engine or is in it."""
-        self._answering = set[asyncio.Task[None]]()
-        self._last_beat = -float("inf")
-        self._next_claim = 0.0
-        self._prepared = False
-
-    async def run(self) -> None:
-        """Until `draining` is set, or the engine ends by itself."""
-        self._batcher.start()
-        self._metrics.watch(lambda: self._batcher.depth, self._loaded.memory_bytes)
-        for digest, name in self._digests.items():
-            self._metrics.model_info.labels(name, digest, self._loaded.device).set(1)
-        beside = [asyncio.create_task(self._forever("beat", self._beat)), asyncio.create_task(self._listen())]
-        try:
-            while not self.draining and self._batcher.alive:
-                await self._try("take", self._turn)
-        finally:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.gather(*self._answering), self._settings.drain_timeout_s)
-            await self._batcher.stop(self._settings.drain_timeout_s)
-            for task in beside:
-                task.cancel()
-            await asyncio.gather(*beside, return_exceptions=True)
-            await self._try("end", lambda: self._store.forget_worker(self.name))
-            await self._store.close()
-
-    @property
-    def died(self) -> bool:
-        """Whether the engine ended though nobody asked it to."""
-        return not self._batcher.alive and not self.draining
-
-    def why_not_ready(self) -> str | None:
-        """The reason why it takes nothing now; None if there is none."""
-        if self.draining:
-            return "draining"
-        if time.monotonic() - self._last_beat > IDLE_MS / 1000:
-            return "Redis cannot be reached"
-        return self.why_not_live()
-
-    def why_not_live(self) -> str | None:
-        """The reason to start it anew; None if there is none."""
-        silent = self._batcher.silence_s > 3 * self._settings.request_timeout_ms / 1000
-        return "the engine is silent" if silent else None
-
-    # --- taking and answering
-
-    async def _turn(self) -> None:
-        """Take what waits, or one entry whose worker has died, and run it."""
-        if not self._prepared:
-            await self._prepare()
-        taken = await self._claimed() or await self._taken()
-        if taken:
-            await self._run(taken)
-
-    async def _claimed(self) -> list[Taken]:
-        if time.monotonic() < self._next_claim:
-            return []
-        claimed = await self._store.claim(self._digests, self.name, IDLE_MS)
-        if claimed is None:
-            self._next_claim = time.monotonic() + BEAT_S
-            return []
-        if claimed.deliveries > MAX_DELIVERIES:
-            await self._park(claimed)
-            return []
-        logger.warning("an entry of a worker that is gone is run again (%d)", claimed.deliveries)
-        return [claimed]
-
-    async def _taken(self) -> list[Taken]:
-        """At most a batch, and what comes until the first of it has waited long enough."""
-        size, delay_ms = self._settings.max_batch_size, self._settings.max_queue_delay_ms
-        taken = await self._store.take(self._digests, self.name, size, TAKE_WAIT_MS)
-        self._hold(taken)
-        ends = time.monotonic() + delay_ms / 1000
-        while taken and len(taken) < size and (left_ms := int(1000 * (ends - time.monotonic()))) > 0:
-            more = await self._store.take(self._digests, self.name, size - len(taken), left_ms)
-            self._hold(more)
-            taken += more
-        return taken
-
-    def _hold(self, taken: Sequence[Taken]) -> None:
-        self._held.update({each.entry: each for each in taken})
-
-    async def _run(self, taken: Sequence[Taken]) -> None:
-        """Through the engine, in groups that can run together; back when the last of it is done."""
-        self._hold(taken)
-        groups = dict[object, list[tuple[Taken, Work]]]()
-        for each in taken:
-            work = self._read(each)
-            if work is None:
-                await self._discard(each)
-            else:
-                groups.setdefault(work.key, []).append((each, work))
-        await asyncio.gather(*(self._run_group(group) for group in groups.values()))
-
-    def _read(self, taken: Taken) -> Work | None:
-        """The image, if a bundle of this worker can run it; None for an entry that no gateway has written."""
-        try:
-            work = unpack_work(taken.fields)
-            bundle = self._loaded.catalog.bundles[work.key.model]
-            height, width = bundle.manifest.input_size
-            if bundle.digest != taken.digest or work.image.shape != (height, width, 3):
-                raise Malformed("it is for another bundle")
-            if bundle.manifest.resolve(work.key.defense) != work.key.defense:
-                raise Malformed("its defense is not written as gateways do")
-        except (KeyError, Malformed, UnknownDefense):
-            logger.error("an entry in Redis cannot be read: it is left out")
-            return None
-        return work
-
-    async def _run_group(self, group: Sequence[tuple[Taken, Work]]) -> None:
-        works = [work for _, work in group]
-        deadline = time.monotonic() + max(work.left_ms for work in works) / 1000
-        with self._batcher.places() as places:
-            items = self._admit(places, works, deadline)
-        entries = [taken.entry for taken, _ in group]
-        self._items.update(zip(entries, items, strict=True))
-        try:
-            outcomes = await self._batcher.wait(items)
-        finally:
-            for entry in entries:
-                self._items.pop(entry, None)
-        task = asyncio.create_task(self._answer(list(zip(group, outcomes, strict=True))))
-        self._answering.add(task)
-        task.add_done_callback(self._answering.discard)
-
-    def _admit(self, places: Places, works: Sequence[Work], deadline: float) -> list[Item]:
-        self._batcher.reserve(places, len(works))
-        images, seeds = [work.image for work in works], [work.seed for work in works]
-        return self._batcher.admit(places, works[0].key, images, seeds, deadline)
-
-    async def _answer(self, outcomes: Sequence[tuple[tuple[Taken, Work], Outcome]]) -> None:
-        """Every outcome to its gateway; until Redis takes them, or nobody can wait for them any more."""
-        for (taken, work), outcome in outcomes:
-            if isinstance(outcome, UNANSWERED):
-                self._held.pop(taken.entry, None)
-                continue
-            fields, ends = pack_reply(work.uid, outcome), time.monotonic() + work.left_ms / 1000
-            while taken.entry in self._held and time.monotonic() < ends:
-                try:
-                    await self._store.finish(taken, work.gateway, fields)
-                    break
-                except UNREACHABLE as error:
-                    self._note_error("finish", error)
-                    await asyncio.sleep(RETRY_S)
-            self._held.pop(taken.entry, None)
-
-    async def _park(self, taken: Taken) -> None:
-        """It has killed every worker that had it: answer 500, and keep what it was for people to look at."""
-        logger.error("an entry has ended %d workers: it is parked", taken.deliveries - 1)
-        self._metrics.engine_errors.labels(self._loaded.engine, "killed").inc()
-        try:
-            work = unpack_work(taken.fields)
-        except Malformed:
-            await self._store.discard(taken)
-            return
-        key = work.key
-        parked = {"uid": work.uid, "model": key.model, "operation": key.operation, "defense": key.defense}
-        await self._store.park(parked)
-        await self._store.finish(taken, work.gateway, pack_reply(work.uid, InferenceFailed()))
-
-    async def _discard(self, taken: Taken) -> None:
-        self._metrics.redis_errors.labels("malformed").inc()
-        self._held.pop(taken.entry, None)
-        await self._store.discard(taken)
-
-    # --- beside it
-
-    async def _prepare(self) -> None:
-        bundles = self._loaded.catalog.bundles.values()
-        await self._store.prepare(
-            {
-                bundle.digest: {"manifest": bundle.manifest.model_dump(mode="json"), "report": dict(bundle.report)}
-                for bundle in bundles
-            }
-        )
-        self._prepared = True
-        logger.info("takes images for %s", ", ".join(self._digests.values()))
-
-    async def _beat(self) -> None:
-        if self._prepared:
-            says = {
-                "bundles": {name: digest for digest, name in self._digests.items()},
-                "device": self._loaded.device,
-                "engine": self._loaded.engine,
-            }
-            self._prepared = await self._store.beat_worker(self.name, says, self._digests)
-            await self._store.touch(list(self._held.values()), self.name)
-            self._last_beat = time.monotonic()
-            self._metrics.redis_up.set(1)
-        await asyncio.sleep(BEAT_S)
-
-    async def _listen(self) -> None:
-        """Whoever has left need not be run."""
-
-        async def listen() -> None:
-            async for entry in self._store.gone():
-                if (item := self._items.get(entry)) is not None:
-                    self._batcher.withdraw([item])
-
-        await self._forever("gone", listen)
-
-    async def _forever(self, op: str, step: Callable[[], Awaitable[None]]) -> None:
-        while True:
-            await self._try(op, step)
-
-    async def _try(self, op: str, step: Callable[[], Awaitable[None]]) -> None:
-        """One step; one that fails is counted, and tried again after a while."""
-        try:
-            await step()
-        except UNREACHABLE as error:
-            self._note_error(op, error)
-            await asyncio.sleep(RETRY_S)
-        except ClarifierError as error:  # the batcher takes nothing: it ends
-            logger.warning("%s", error.detail)
-            await asyncio.sleep(RETRY_S)
-        except Exception:
-            logger.exception("the loop %s stumbled", op)
-            await asyncio.sleep(RETRY_S)
-
-    def _note_error(self, op: str, error: Exception) -> None:
-        self._metrics.redis_errors.labels(op).inc()
-        self._metrics.redis_up.set(0)
-        self._prepared = self._prepared and not str(error).startswith("NOGROUP")
-        logger.error("Redis (%s): %s", op, type(error).__name__)
 
 
 async def work(settings: Settings, load: Callable[[Settings], Loaded] = load_engine) -> int:
@@ -308,28 +37,30 @@ async def work(settings: Settings, load: Callable[[Settings], Loaded] = load_eng
     A second signal ends the process at once, and so does the first while it loads.
     """
     metrics, loop = Metrics(), asyncio.get_running_loop()
-    worker: Worker | None = None
+    engine: RemoteEngine | None = None
 
     def end(number: int) -> None:
-        if worker is None or worker.draining:
-            os._exit(0 if worker is None else 128 + number)
-        worker.draining = True
+        if engine is None or engine.draining:
+            os._exit(0 if engine is None else 128 + number)
+        engine.draining = True
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end, number)
-    probes = _probes(settings, metrics, lambda: worker)
+    probes = _probes(settings, metrics, lambda: engine)
     loaded = await asyncio.to_thread(load, settings)
     store = Store(settings.redis_url.get_secret_value())
-    worker = Worker(settings, loaded, store, metrics)
+    engine = RemoteEngine(settings, loaded, store, metrics)
     try:
-        await worker.run()
+        await engine.run()
     finally:
         if probes is not None:
             probes.cancel()
-    return ENGINE_DIED if worker.died else 0
+    return ENGINE_DIED if engine.died else 0
 
 
-def _probes(settings: Settings, metrics: Metrics, worker: Callable[[], Worker | None]) -> asyncio.Task[None] | None:
+def _probes(
+    settings: Settings, metrics: Metrics, engine: Callable[[], RemoteEngine | None]
+) -> asyncio.Task[None] | None:
     """/livez, /readyz and /metrics on their own port, where one is set."""
     if settings.worker_port is None:
         return None
@@ -339,11 +70,11 @@ def _probes(settings: Settings, metrics: Metrics, worker: Callable[[], Worker | 
         return JSONResponse(status, 200 if reason is None else 503)
 
     async def livez(_: Request) -> Response:
-        here = worker()
+        here = engine()
         return health("live", None if here is None else here.why_not_live())
 
     async def readyz(_: Request) -> Response:
-        here = worker()
+        here = engine()
         return health("ready", "loading" if here is None else here.why_not_ready())
 
     async def page(_: Request) -> Response:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
@@ -20,6 +20,9 @@ from service.gateway import Gateway
 from service.loading import Loaded
 from service.settings import Settings
 from tests.service.fakes import FakeBundle, green, loaded, png
+
+if TYPE_CHECKING:
+    from tests.service.farm import Farm
 
 
 @dataclass
@@ -118,3 +121,25 @@ def start() -> Iterator[Callable[..., Running]]:
     """Start a server of one's own: `start(max_queue_size=2)`."""
     with ExitStack() as stack:
         yield lambda **settings: stack.enter_context(running(FakeBundle(), **settings))
+
+
+@pytest.fixture
+def farm() -> Iterator[Farm]:
+    """A Redis of one's own, with nobody around it."""
+    from tests.service.farm import Farm
+
+    with ExitStack() as stack:
+        yield Farm(stack)
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[tuple[Farm, Server]]:
+    """A gateway and a worker that a module shares."""
+    from tests.service.farm import Farm, ready
+
+    with ExitStack() as stack:
+        farm = Farm(stack)
+        server = farm.gateway()
+        farm.worker()
+        ready(server)
+        yield farm, server

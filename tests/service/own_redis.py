@@ -26,6 +26,8 @@ DEADLY_VALUE = 9
 """An image whose first sample is this ends its worker's process, as SIGKILL does."""
 SLOW_VALUE = 10
 """An image whose first sample is this takes three seconds."""
+FATAL_VALUE = 11
+"""An image whose first sample is this ends its worker's engine."""
 MISSING = "redis-server is not installed (on Debian: apt install redis-server)"
 
 
@@ -98,6 +100,8 @@ class EchoEngine:
         values = [int(image[0, 0, 0]) for image in images]
         self.batches.append(len(images))
         time.sleep(3 if SLOW_VALUE in values else self.delay_s)
+        if FATAL_VALUE in values:
+            raise SystemExit
         if DEADLY_VALUE in values:
             os.kill(os.getpid(), signal.SIGKILL)
         return Ran([_answer(key, image) for image in images], {"classify": 1.0})

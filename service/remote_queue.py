@@ -25,7 +25,7 @@ from service.errors import Draining, NotReady, Overloaded
 from service.metrics import Metrics
 from service.queue import Completed, Item, Outcome
 from service.repository import Catalog
-from service.store import RedisError, Store
+from service.store import UNREACHABLE, Store
 from service.wire import Malformed, Reply, pack_work, unpack_reply
 from service.work import Key, Pixels
 
@@ -38,7 +38,6 @@ RETRY_S = 0.2
 ANSWERS_WAIT_MS = 500
 START = "0-0"
 """Before the first entry of a stream."""
-UNREACHABLE = (RedisError, OSError, TimeoutError)
 
 
 @dataclass(frozen=True, slots=True)
