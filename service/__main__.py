@@ -19,7 +19,7 @@ from prometheus_client import disable_created_metrics
 from service.allocator import keep_freed_memory
 from service.app import create_app, decoder_threads
 from service.gateway import Gateway
-from service.images import BYTES_PER_DECODED_PIXEL
+from service.images import BYTES_PER_DECODED_PIXEL, BYTES_PER_PURIFIED_SAMPLE
 from service.loading import Loaded, check_device, check_repository, load_engine
 from service.logs import configure_logging
 from service.middleware import MAX_ACTIVE_REQUESTS
@@ -125,7 +125,7 @@ def worst_case_bytes(gateway: Gateway) -> int:
     body = batch_body_bytes(settings.max_batch_size, settings.max_image_bytes)
     decoding = BYTES_PER_DECODED_PIXEL * settings.max_image_pixels + 2 * body  # a part, and a file without metadata
     waiting = samples * (settings.max_queue_size + settings.max_batch_size)
-    answering = MAX_ACTIVE_REQUESTS * (SOCKET_BUFFER_BYTES + 5 * samples)  # input, and purified as float32
+    answering = MAX_ACTIVE_REQUESTS * (SOCKET_BUFFER_BYTES + BYTES_PER_PURIFIED_SAMPLE * samples)  # batches: uploads
     return gateway.uploads.limit + body + decoder_threads() * decoding + waiting + answering
 
 

@@ -76,7 +76,7 @@ class UnknownModel(ClarifierError):
 
 class NotAcceptable(ClarifierError):
     """The answer cannot be made in any type that the Accept header allows: image/png, image/webp and
-    application/x-npy are what /purify makes."""
+    application/x-npy are what /purify makes, application/zip is what /purify/batch makes."""
 
     code, status, title = "not_acceptable", 406, "the accepted types cannot be produced"
 
@@ -94,7 +94,8 @@ class BodyTooLarge(ClarifierError):
 
 
 class TooManyPixels(ClarifierError):
-    """The image's header announces more pixels than CLARIFIER_MAX_IMAGE_PIXELS; it was not decoded."""
+    """The image's header announces more pixels than CLARIFIER_MAX_IMAGE_PIXELS; it was not decoded. Or the images of
+    one /purify/batch with size=original have more than four times as many together."""
 
     code, status, title = "too_many_pixels", 413, "the image has too many pixels"
 
@@ -147,7 +148,7 @@ class InvalidParameter(ClarifierError):
 
 
 class WrongField(ClarifierError):
-    """The multipart fields are not the expected ones: exactly one file, named `image`; on the batch route one
+    """The multipart fields are not the expected ones: exactly one file, named `image`; on the batch routes one
     or more, named `images`."""
 
     code, status, title = "wrong_field", 422, "the form has the wrong fields"
@@ -160,8 +161,8 @@ class NoDetector(ClarifierError):
 
 
 class Overloaded(ClarifierError):
-    """Every place in the queue is taken, or the uploads under way fill the memory that is meant for them. Try again
-    after the seconds of Retry-After."""
+    """Every place in the queue is taken, or the uploads and answers under way fill the memory that is meant for them.
+    Try again after the seconds of Retry-After."""
 
     code, status, title = "queue_full", 429, "the queue is full, try again shortly"
 

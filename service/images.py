@@ -46,6 +46,8 @@ DAMAGED = (
 """What Pillow's plugins raise for damaged files."""
 BYTES_PER_DECODED_PIXEL = 40
 """At most, at the worst moment of decoding an upload or changing it at its own size; a test measures it."""
+BYTES_PER_PURIFIED_SAMPLE = 5
+"""Of an image at the model's size, kept beside what it became: uint8 and float32."""
 MAX_WEBP_SIDE = 16383
 """The format has no larger pictures."""
 

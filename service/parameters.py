@@ -94,7 +94,7 @@ class ClassifyParameters(DefenseParameters):
 
 
 class PurifyParameters(DefenseParameters):
-    """Of /purify. A client may send one query to every route that runs a defense."""
+    """Of /purify and /purify/batch. A client may send one query to every route that runs a defense."""
 
     size: Size = "model"
     votes: IgnoredVotes = 1

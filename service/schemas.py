@@ -96,6 +96,26 @@ class BatchResponse(TypedDict):
     results: list[ClassifyResponse | Problem]
 
 
+class PurifiedImage(TypedDict):
+    """An image of POST /purify/batch that was purified, and in which file of the zip it is."""
+
+    status: int
+    """200, as a problem has its own."""
+    file: str
+    linf: float
+    seed: int
+
+
+class PurifyBatchResponse(TypedDict):
+    """`results.json` in the zip of POST /purify/batch: one entry per image, in the order they were sent."""
+
+    request_id: str
+    model: str
+    digest: str
+    defense: str
+    results: list[PurifiedImage | Problem]
+
+
 class DefenseInfo(Wire):
     """A defense that a bundle offers."""
 

@@ -53,7 +53,7 @@ class Settings(BaseSettings):
     """0 takes any free port and prints it."""
 
     max_batch_size: Annotated[int, Field(ge=1, le=1024)] = 32
-    """Images that run together; also the most images of one `/classify/batch`."""
+    """Images that run together; also the most images of one `/classify/batch` or `/purify/batch`."""
     max_queue_delay_ms: NonNegativeFloat = 0.0
     """How long the oldest image waits for company before its batch leaves unfilled, while the engine has nothing to do.
     While it runs, company gathers by itself."""

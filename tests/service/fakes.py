@@ -141,6 +141,11 @@ def png(pixels: NDArray[np.generic]) -> bytes:
     return encoded(pixels, "PNG")
 
 
+def batch(*images: bytes) -> list[tuple[str, tuple[str, bytes]]]:
+    """`images` as the form of a batch, for `files`."""
+    return [("images", (f"{i}.png", image)) for i, image in enumerate(images)]
+
+
 def loaded(*bundles: FakeBundle) -> Loaded:
     """What loading would give for `bundles`."""
     by_name = {f"{bundle.manifest.name}@{bundle.manifest.version}": bundle for bundle in bundles}

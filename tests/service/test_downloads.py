@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 
 from tests.service.conftest import Running, until
 from tests.service.fakes import encoded
@@ -16,20 +17,23 @@ SAMPLES = 3 * SIDE * SIDE
 """As many bytes does the answer have at least: noise does not compress."""
 
 
-def ask_and_do_not_read(server: Running) -> socket.socket:
-    body = encoded(NOISE, "JPEG", quality=50)
+def ask_and_do_not_read(server: Running, route: str = "/purify") -> socket.socket:
+    upload = encoded(NOISE, "JPEG", quality=50)
+    sent = {"files": {"images": upload}} if route.endswith("batch") else {"content": upload}
+    request = server.client.build_request("POST", f"{route}?defense=none&size=original", **sent)
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.connect(("127.0.0.1", server.port))
-    head = f"POST /purify?defense=none&size=original HTTP/1.1\r\nHost: h\r\nContent-Length: {len(body)}\r\n\r\n"
-    client.sendall(head.encode() + body)
+    headers = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+    client.sendall(f"POST {request.url.raw_path.decode()} HTTP/1.1\r\n{headers}\r\n".encode() + request.read())
     return client
 
 
-def test_an_answer_counts_as_memory_until_its_client_has_it(start: Callable[..., Running]) -> None:
+@pytest.mark.parametrize("route", ["/purify", "/purify/batch"])
+def test_an_answer_counts_as_memory_until_its_client_has_it(start: Callable[..., Running], route: str) -> None:
     server = start()
     budget = server.gateway.uploads
-    with ask_and_do_not_read(server):
+    with ask_and_do_not_read(server, route):
         until(lambda: budget.held > SAMPLES / 2 and not server.gateway._in_flight)
     until(lambda: budget.held == 0)
     assert server.still_answers()

@@ -121,7 +121,7 @@ def test_an_engine_route_that_fails_in_an_unforeseen_way_is_500_and_logged(
     assert server.still_answers()
 
 
-@pytest.mark.parametrize("path", ["/classify", "/classify/batch", "/purify", "/detect"])
+@pytest.mark.parametrize("path", ["/classify", "/classify/batch", "/purify", "/purify/batch", "/detect"])
 def test_other_methods_of_an_engine_route_are_the_frameworks_to_answer(service: Running, path: str) -> None:
     response = service.client.get(path)
     assert (response.status_code, response.headers["allow"]) == (405, "POST")
