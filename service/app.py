@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
 from service.batching import Batcher
+from service.cache import MemoryCache
 from service.entropy import Entropy
 from service.errors import install_handlers
 from service.gateway import Gateway
@@ -40,7 +41,8 @@ def create_app(settings: Settings, load: Callable[[Settings], Loaded] = load_eng
     """
     decoders = ThreadPoolExecutor(decoder_threads(), "decoder")
     budget = ByteBudget(budget_bytes(settings.max_batch_size, settings.max_image_bytes))
-    gateway = Gateway(settings, Metrics(), decoders, budget, Entropy())
+    cache = MemoryCache(settings.cache_ttl_s) if settings.cache_ttl_s else None
+    gateway = Gateway(settings, Metrics(), decoders, budget, Entropy(), cache)
     app = FastAPIOffline(
         title="Clarifier",
         description=f"{DESCRIPTION} {_limits(settings)}",

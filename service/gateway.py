@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from fastapi import Request
 
+from service.cache import AnswerCache
 from service.dispatch import Dispatcher
 from service.entropy import Entropy
 from service.errors import Draining, NotReady, UnknownModel
@@ -32,6 +33,8 @@ class Gateway:
     decoders: ThreadPoolExecutor
     uploads: ByteBudget
     entropy: Entropy
+    cache: AnswerCache | None = None
+    """None while it is off."""
     catalog: Catalog = field(default_factory=lambda: Catalog({}))
     batcher: Dispatcher | None = None
     draining: bool = False

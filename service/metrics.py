@@ -38,6 +38,9 @@ class Metrics:
         self.rejected = self._counter(
             "rejected", "Requests, and images of batches, refused or given up; by problem code.", ("reason",)
         )
+        self.cache_requests = self._counter(
+            "cache_requests", "Images, by what the answer cache had for them.", ("result",)
+        )
         self.mislabeled = self._counter("mislabeled", "Images of another kind than was declared.", ())
         self.aid_score = self._histogram("aid_score", "1 natural, 0 adversarial.", (), SCORES)
         self.suspicious = self._counter("suspicious", "Images below their bundle's AID threshold.", ("model",))

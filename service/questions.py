@@ -17,6 +17,7 @@ from typing import Generic, ParamSpec, TypeVar
 from fastapi import Request
 
 from models.manifest import Manifest, UnknownDefense
+from service.cache import AnswerCache, answer_keys
 from service.dispatch import Dispatcher, Places
 from service.errors import ClarifierError, ClientLeft, DeadlineExceeded
 from service.gateway import Gateway, gateway_of
@@ -34,10 +35,12 @@ from service.queue import Completed, Item, Outcome
 from service.record import Record, record_of
 from service.repository import Catalog, DescribedBundle
 from service.uploads import Account, read_image, read_images
-from service.work import Key, Operation
+from service.work import Key, Operation, Pixels
 
 FRESH_SEED_BITS = 53
 """Of seeds that we draw, so that JSON clients that count in doubles can send them back."""
+QUICK_HASH_BYTES = 64 * 1024
+"""Pixels that are hashed at once: the way to a thread and back would take longer."""
 SLOW_DEFENSES = frozenset({"aid", "zeropur", "auto"})
 MAX_SLOW_VOTES = 8
 """Of chains with a slow defense: 64 draws would keep the engine from everybody else for minutes."""
@@ -71,6 +74,22 @@ class Question(Generic[P]):
     def keeps_upload(self) -> bool:
         """Whether the upload is needed again when the answer is there."""
         return isinstance(self.parameters, PurifyParameters) and self.parameters.size == "original"
+
+    @property
+    def draws(self) -> bool:
+        """Whether the answer depends on a seed."""
+        parameters, chain = self.parameters, self.gateway.catalog.chain
+        return isinstance(parameters, DefenseParameters) and chain(self.key.model, parameters.defense).is_random
+
+    @property
+    def seeded(self) -> bool:
+        """Whether the client has sent a seed."""
+        return isinstance(self.parameters, DefenseParameters) and self.parameters.seed is not None
+
+    @property
+    def scope(self) -> str:
+        """Who shares cached answers with this client: everybody, as long as clients have no names."""
+        return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +201,63 @@ async def answer_all(
     if not images:
         return []
     pixels = [prepared.image.pixels for prepared in images]
-    items = question.batcher.admit(question.places, question.key, pixels, seeds, question.deadline)
+    cache = question.gateway.cache
+    if cache is None:
+        outcomes = await _run(question, request, pixels, seeds)
+    else:
+        outcomes = await _find_or_run(cache, question, request, pixels, seeds)
+    metrics, manifest = question.gateway.metrics, question.manifest
+    for outcome in outcomes:
+        if isinstance(outcome, Completed):
+            metrics.count_answer(question.record, outcome.answer, manifest.classes, manifest.aid_threshold)
+    return outcomes
+
+
+async def _find_or_run(
+    cache: AnswerCache,
+    question: Question[ModelParameters],
+    request: Request,
+    images: Sequence[Pixels],
+    seeds: Sequence[int],
+) -> list[Outcome]:
+    """As `_run`, which is left the images that `cache` has no answer to; it keeps what they are answered."""
+    counter = question.gateway.metrics.cache_requests
+    if question.draws and not question.seeded:
+        counter.labels("skip").inc(len(images))
+        return await _run(question, request, images, seeds)
+    keys = await _answer_keys(question, images, seeds)
+    found = await cache.find(keys)
+    new = [place for place, known in enumerate(found) if known is None]
+    counter.labels("miss").inc(len(new))
+    counter.labels("hit").inc(len(found) - len(new))
+    ran = await _run(question, request, [images[place] for place in new], [seeds[place] for place in new])
+    answers = {keys[place]: one.answer for place, one in zip(new, ran, strict=True) if isinstance(one, Completed)}
+    if answers:
+        await cache.keep(answers)
+    rest = iter(ran)
+    return [next(rest) if known is None else Completed(known, 0.0, 0.0, 0, {}) for known in found]
+
+
+async def _answer_keys(
+    question: Question[ModelParameters], images: Sequence[Pixels], seeds: Sequence[int]
+) -> list[bytes]:
+    seed = seeds[0] if question.draws else None  # the client's: every image has it
+    asked = (question.scope, question.bundle.digest, question.key, seed, images)
+    if sum(image.nbytes for image in images) <= QUICK_HASH_BYTES:
+        return answer_keys(*asked)
+    return await in_thread(question, answer_keys, *asked)
+
+
+async def _run(
+    question: Question[ModelParameters], request: Request, images: Sequence[Pixels], seeds: Sequence[int]
+) -> list[Outcome]:
+    """What the engine makes of `images`, by way of the queue. No image is left in it, and no place kept, at the end.
+
+    Raises DeadlineExceeded and ClientLeft.
+    """
+    items = question.batcher.admit(question.places, question.key, images, seeds, question.deadline)
+    if not items:  # what is cached needs its place no more
+        return []
     watch = asyncio.ensure_future(_withdraw_when_gone(request, question.batcher, items))
     try:
         outcomes = await question.batcher.wait(items)
@@ -192,7 +267,7 @@ async def answer_all(
         if isinstance(outcome, ClientLeft):
             raise outcome
         if isinstance(outcome, Completed):
-            _record(question, outcome)
+            _time(question.record, outcome)
     return outcomes
 
 
@@ -218,12 +293,7 @@ async def _withdraw_when_gone(request: Request, batcher: Dispatcher, items: Sequ
     batcher.withdraw(items)
 
 
-def _record(question: Question[ModelParameters], completed: Completed) -> None:
-    """For log and metrics."""
-    record = question.record
+def _time(record: Record, completed: Completed) -> None:
     record.time("queue", completed.queue_ms)
     for stage, milliseconds in completed.stage_ms.items():
         record.time(stage, milliseconds)
-    question.gateway.metrics.count_answer(
-        record, completed.answer, question.manifest.classes, question.manifest.aid_threshold
-    )

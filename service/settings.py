@@ -67,6 +67,9 @@ class Settings(BaseSettings):
     max_image_bytes: Annotated[int, Field(ge=1024)] = 10 * 1024 * 1024
     max_image_pixels: Annotated[int, Field(ge=1, le=500_000_000)] = 40_000_000
 
+    cache_ttl_s: NonNegativeFloat = 0.0
+    """How long an answer may serve for the same image and question again; 0: no answer is kept."""
+
     drain_delay_s: NonNegativeFloat = 0.0
     """After SIGTERM: not ready, but still accepting, until load balancers have noticed."""
     drain_timeout_s: NonNegativeFloat = 25.0

@@ -19,6 +19,7 @@ import pytest
 
 from service.__main__ import worst_case_bytes
 from service.app import decoder_threads
+from service.cache import MAX_CACHE_BYTES
 from service.images import BYTES_PER_DECODED_PIXEL
 from tests.service.conftest import Running, running, until
 from tests.service.fakes import ENTERED, FATAL_VALUE, FakeBundle, green, marked, png
@@ -155,3 +156,5 @@ def test_the_worst_case_of_the_banner_is_the_sum_of_the_limits(service: Running)
     with running(FakeBundle(), max_image_pixels=41_000_000) as more_pixels:
         grown = worst_case_bytes(more_pixels.gateway) - small
     assert grown == decoder_threads() * BYTES_PER_DECODED_PIXEL * 1_000_000
+    with running(FakeBundle(), cache_ttl_s=1.0) as caching:
+        assert worst_case_bytes(caching.gateway) - small == MAX_CACHE_BYTES

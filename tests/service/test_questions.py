@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
+from service import questions
 from service.app import decoder_threads
+from service.cache import answer_keys
 from service.dispatch import Places
+from service.questions import Question
 from service.uploads import QUICK_FORM_BYTES
-from service.work import Key
+from service.work import Answer, Classified, Floats, Key
 from tests.service.conftest import Running, until
-from tests.service.fakes import green, png
+from tests.service.fakes import NAN_VALUE, POISON_VALUE, batch, green, marked, png
 
 GOOD = png(green())
 LARGE = png(green(65))
@@ -221,3 +227,254 @@ def test_a_body_that_outlasts_the_drain_is_answered_503(start: Callable[..., Run
         answer = connection.recv(65536)
     assert b" 503 " in answer.splitlines()[0]
     assert b'"draining"' in answer
+
+
+# --- answers that are known already
+
+
+def cached(server: Running) -> dict[str, float]:
+    """How many images were hits, misses, skipped."""
+    return {
+        result: count
+        for result in ("hit", "miss", "skip")
+        if (count := server.metric("clarifier_cache_requests_total", result=result))
+    }
+
+
+def without_its_own(answer: dict[str, Any]) -> dict[str, Any]:
+    """An answer without what belongs to its request."""
+    return {name: value for name, value in answer.items() if name not in ("request_id", "timing_ms")}
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "/classify?defense=none&seed=1",
+        "/classify?seed=7&votes=3&explain=true",
+        "/classify?defense=atop,aid&seed=0",
+        "/detect",
+    ],
+)
+def test_an_image_that_comes_again_has_the_same_answer_without_the_engine(
+    start: Callable[..., Running], url: str
+) -> None:
+    server = start(cache_ttl_s=60.0)
+    first = server.client.post(url, content=GOOD).json()
+    ran = list(server.bundle.batches)
+    again = server.client.post(url, content=GOOD).json()
+    assert server.bundle.batches == ran != []
+    assert without_its_own(again) == without_its_own(first)
+    assert again["request_id"] != first["request_id"]
+    assert (again["timing_ms"]["queue"], again["timing_ms"]["inference"]) == (0, 0)
+    assert again["timing_ms"]["total"] >= again["timing_ms"]["decode"] > 0
+    assert first["timing_ms"]["inference"] > 0
+    assert cached(server) == {"hit": 1, "miss": 1}
+    until(lambda: server.metric("clarifier_stage_duration_seconds_count", stage="decode") == 2)
+    assert server.metric("clarifier_stage_duration_seconds_count", stage="queue") == 1
+
+
+def test_a_purified_image_is_known_at_every_size_and_type(start: Callable[..., Running]) -> None:
+    server = start(cache_ttl_s=60.0)
+    first = server.client.post("/purify?seed=1", content=GOOD)
+    again = server.client.post("/purify?seed=1", content=GOOD)
+    assert again.content == first.content
+    assert again.headers["x-clarifier-linf"] == first.headers["x-clarifier-linf"]
+    floats = server.client.post("/purify?seed=1&size=model", content=GOOD, headers={"accept": "application/x-npy"})
+    assert floats.headers["content-type"] == "application/x-npy"
+    assert server.client.post("/purify?seed=1&size=original", content=GOOD).status_code == 200
+    assert server.bundle.batches == [1]
+    assert cached(server) == {"hit": 3, "miss": 1}
+
+
+def test_what_is_drawn_afresh_is_never_known(start: Callable[..., Running]) -> None:
+    server = start(cache_ttl_s=60.0)
+    for route in ("/classify", "/classify", "/purify?defense=aid,atop", "/purify?defense=aid,atop"):
+        assert server.client.post(route, content=GOOD).status_code == 200
+    tops = [server.client.post("/classify", content=GOOD).json()["top"] for _ in range(2)]
+    assert tops[0] != tops[1]
+    assert cached(server) == {"skip": 6}
+    assert server.client.post("/classify?seed=1", content=GOOD).status_code == 200
+    assert cached(server) == {"skip": 6, "miss": 1}
+
+
+def test_where_nothing_is_drawn_the_seed_does_not_matter_and_is_the_requests_own(start: Callable[..., Running]) -> None:
+    server = start(cache_ttl_s=60.0)
+    urls = [
+        f"/classify?defense={defense}{seed}" for defense in ("aid", "aid:code") for seed in ("&seed=1", "&seed=2", "")
+    ]
+    answers = [server.client.post(url, content=GOOD).json() for url in urls]
+    assert cached(server) == {"miss": 1, "hit": 5}
+    assert [answer["seed"] for answer in answers[:2]] == [1, 2]
+    assert len({answer["seed"] for answer in answers[2::3]}) == 2
+    assert [answer["top"] for answer in answers] == [answers[0]["top"]] * 6
+
+
+def test_a_question_that_differs_is_another_question(start: Callable[..., Running]) -> None:
+    server = start(cache_ttl_s=60.0)
+    other = green()
+    other[4, 4, 2] += 1
+    asked = [
+        ("/classify?seed=1", GOOD),
+        ("/classify?seed=2", GOOD),
+        ("/classify?seed=1&votes=2", GOOD),
+        ("/classify?seed=1&explain=true", GOOD),
+        ("/classify?seed=1&defense=atop:rt1", GOOD),
+        ("/classify?defense=none", GOOD),
+        ("/purify?seed=1", GOOD),
+        ("/detect", GOOD),
+        ("/classify?seed=1", png(other)),
+    ]
+    for url, image in asked:
+        assert server.client.post(url, content=image).status_code == 200
+    assert cached(server) == {"miss": len(asked)}
+    tops = [len(server.client.post(f"/classify?seed=1&top_k={k}", content=GOOD).json()["top"]) for k in (1, 2, 3)]
+    assert tops == [1, 2, 3]
+    assert cached(server) == {"miss": len(asked), "hit": 3}
+
+
+def test_in_a_batch_only_the_new_images_run_and_all_are_in_their_places(start: Callable[..., Running]) -> None:
+    server = start(cache_ttl_s=60.0)
+    colors = [png(np.roll(green(), turn, 2)) for turn in (0, 1, 2)]
+    labels = ["green", "blue", "red"]
+    assert server.client.post(URL, content=colors[1]).json()["label"] == "blue"
+    server.bundle.batches.clear()
+    files = batch(colors[0], b"no image", colors[1], colors[2], colors[1])
+    results = server.client.post("/classify/batch?defense=none", files=files).json()["results"]
+    assert [result.get("label", result.get("code")) for result in results] == [
+        "green", "unsupported_format", "blue", "red", "blue",
+    ]  # fmt: skip
+    assert [result["timing_ms"]["inference"] == 0 for result in results if "label" in result] == [
+        False,
+        True,
+        False,
+        True,
+    ]
+    assert server.bundle.batches == [2]
+    assert cached(server) == {"miss": 3, "hit": 2}
+    again = server.client.post("/classify/batch?defense=none", files=batch(*colors)).json()["results"]
+    assert [result["label"] for result in again] == labels
+    assert server.bundle.batches == [2]
+
+
+def test_errors_and_answers_that_are_not_finite_are_not_kept(start: Callable[..., Running]) -> None:
+    server = start(cache_ttl_s=60.0)
+    for value, code in ((NAN_VALUE, "nan"), (POISON_VALUE, "inference_failed")):
+        image = png(marked(value))
+        answers = [server.client.post(URL, content=image) for _ in range(2)]
+        assert [(answer.status_code, answer.json()["code"]) for answer in answers] == [(500, code)] * 2
+    assert server.bundle.batches == [1] * 4
+    assert cached(server) == {"miss": 4}
+
+
+def test_a_known_answer_is_counted_as_any_other(start: Callable[..., Running]) -> None:
+    server = start(cache_ttl_s=60.0)
+    for _ in range(3):
+        assert server.client.post(URL + "&explain=true", content=GOOD).status_code == 200
+    assert server.metric("clarifier_predictions_total", model="colors@1", label="green") == 3
+    assert server.metric("clarifier_aid_score_count") == 3
+    assert server.metric("clarifier_suspicious_total", model="colors@1") == 3
+    assert server.metric("clarifier_batch_size_count") == 1
+    labels = {"route": "/classify", "model": "colors@1", "defense": "none", "status": "200"}
+    until(lambda: server.metric("clarifier_requests_total", **labels) == 3)
+
+
+def test_an_answer_is_forgotten_in_time(start: Callable[..., Running]) -> None:
+    server = start(cache_ttl_s=0.1)
+    assert server.client.post(URL, content=GOOD).status_code == 200
+    time.sleep(0.11)
+    assert server.client.post(URL, content=GOOD).status_code == 200
+    assert cached(server) == {"miss": 2}
+
+
+def test_without_a_cache_nothing_is_kept_or_counted(start: Callable[..., Running]) -> None:
+    server = start()
+    for _ in range(2):
+        assert server.client.post(URL, content=GOOD).status_code == 200
+    assert server.bundle.batches == [1, 1]
+    assert server.gateway.cache is None
+    assert cached(server) == {}
+
+
+class SlowCache:
+    """Knows every image, after a while."""
+
+    async def find(self, keys: Sequence[bytes]) -> list[Answer | None]:
+        await asyncio.sleep(0.1)
+        return [Classified(np.array([1, 0, 0], np.float32)) for _ in keys]
+
+    async def keep(self, answers: Mapping[bytes, Answer]) -> None:
+        raise AssertionError("nothing is new")
+
+
+def test_a_known_answer_that_comes_too_late_is_504(start: Callable[..., Running]) -> None:
+    server = start()
+    server.gateway.cache = SlowCache()
+    assert server.client.post(URL, content=GOOD).json()["label"] == "red"
+    late = server.client.post(URL, content=GOOD, headers={"x-request-timeout-ms": "50"})
+    assert (late.status_code, late.json()["code"]) == (504, "deadline_exceeded")
+    assert server.bundle.batches == []
+
+
+def test_a_known_image_gives_its_place_back_before_its_answer_is_made(
+    start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start(cache_ttl_s=60.0)
+    batcher = server.gateway.batcher
+    assert batcher is not None
+    assert server.client.post("/purify?seed=1", content=GOOD).status_code == 200
+    reserved = list[int]()
+
+    def encode(image: Floats, media_type: str) -> bytes:
+        reserved.append(batcher._reserved)
+        return b"picture"
+
+    monkeypatch.setattr("service.routes.encode_image", encode)
+    assert server.client.post("/purify?seed=1", content=GOOD).content == b"picture"
+    assert (reserved, server.bundle.batches) == ([0], [1])
+
+
+def test_a_full_queue_refuses_known_images_too_and_then_answers_them(start: Callable[..., Running]) -> None:
+    server = start(cache_ttl_s=60.0, max_queue_size=1, max_batch_size=1)
+    assert server.client.post(URL, content=GOOD).status_code == 200
+    other = "/classify?defense=aid"
+    with ThreadPoolExecutor(4) as clients:
+        server.bundle.gate.clear()
+        server.bundle.entered.clear()
+        held = clients.submit(server.client.post, other, content=GOOD)
+        assert server.bundle.entered.wait(20)
+        assert server.client.post(URL, content=GOOD).status_code == 200  # the engine is busy, and not asked
+        waiting = clients.submit(server.client.post, other, content=GOOD)
+        until(lambda: server.metric("clarifier_queue_depth") == 1)
+        full = server.client.post(URL, content=GOOD)
+        assert (full.status_code, full.json()["code"]) == (429, "queue_full")
+        server.bundle.gate.set()
+        assert (held.result().status_code, waiting.result().status_code) == (200, 200)
+
+
+@pytest.mark.parametrize(("quick_bytes", "in_thread"), [(8 * 8 * 3, False), (8 * 8 * 3 - 1, True)])
+def test_large_inputs_are_hashed_in_a_thread(
+    start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, quick_bytes: int, in_thread: bool
+) -> None:
+    server = start(cache_ttl_s=60.0)
+    threads = list[str]()
+
+    def watched(*arguments: Any) -> list[bytes]:
+        threads.append(threading.current_thread().name)
+        return answer_keys(*arguments)
+
+    monkeypatch.setattr(questions, "answer_keys", watched)
+    monkeypatch.setattr(questions, "QUICK_HASH_BYTES", quick_bytes)
+    for _ in range(2):
+        assert server.client.post(URL, content=GOOD).status_code == 200
+    assert cached(server) == {"miss": 1, "hit": 1}
+    assert [name.startswith("decoder") for name in threads] == [in_thread] * 2
+
+
+def test_row_83_nothing_is_known_in_another_scope(
+    start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start(cache_ttl_s=60.0)
+    for scope in ("one", "another", "one"):
+        monkeypatch.setattr(Question, "scope", scope)
+        assert server.client.post(URL, content=GOOD).status_code == 200
+    assert cached(server) == {"miss": 2, "hit": 1}

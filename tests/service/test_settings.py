@@ -20,6 +20,7 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
     assert (settings.request_timeout_ms, settings.body_timeout_s) == (30_000, 10)
     assert (settings.max_image_bytes, settings.max_image_pixels) == (10 * 2**20, 40_000_000)
     assert (settings.drain_delay_s, settings.drain_timeout_s) == (0, 25)
+    assert settings.cache_ttl_s == 0
 
 
 def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,6 +58,7 @@ def test_row_79_an_unknown_name_is_refused(name: str, monkeypatch: pytest.Monkey
         ("REQUEST_TIMEOUT_MS", "inf"),
         ("MAX_QUEUE_DELAY_MS", "nan"),
         ("DRAIN_TIMEOUT_S", "inf"),
+        ("CACHE_TTL_S", "-1"),
         ("MAX_IMAGE_BYTES", "10MB"),
         ("MAX_IMAGE_PIXELS", "0"),
         ("LOG_FORMAT", "xml"),
