@@ -106,6 +106,8 @@ class RemoteQueue(Dispatcher):
         items = new_items(key, images, seeds, deadline)
         assert len(items) <= places.count
         self._free(places)
+        if not items:
+            return items
         request = [Sent(f"{self.name}-{next(self._numbers)}", item, digest) for item in items]
         for sent in request:
             self._sent[sent.uid], self._uids[sent.item] = sent, sent.uid
