@@ -21,6 +21,7 @@ from service.app import create_app, decoder_threads
 from service.cache import MAX_CACHE_BYTES
 from service.gateway import Gateway
 from service.images import BYTES_PER_DECODED_PIXEL, BYTES_PER_PURIFIED_SAMPLE
+from service.keys import read_keys
 from service.loading import Loaded, check_device, check_repository, load_engine
 from service.logs import configure_logging
 from service.middleware import MAX_ACTIVE_REQUESTS
@@ -107,11 +108,12 @@ async def _announce_when_ready(gateway: Gateway, port: int) -> None:
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
     photo = EXAMPLE if Path(EXAMPLE).exists() else "PHOTO.jpg"
     address = f"{'[' + host + ']' if ':' in host else host}:{port}"
+    key, explain = ("", "&explain=true") if settings.api_keys_file is None else ("-H 'X-API-Key: KEY' ", "")
     print(
         f"Clarifier is ready.\n"
         f"  documentation  http://{address}/docs\n"
         f"  models         http://{address}/models\n"
-        f"  try            curl -F image=@{photo} 'http://{address}/classify?defense=atop&explain=true'\n"
+        f"  try            curl {key}-F image=@{photo} 'http://{address}/classify?defense=atop{explain}'\n"
         f"  queue          {settings.max_queue_size} images\n"
         f"  memory         uploads and images take at worst {worst} MiB, beside the models",
         flush=True,
@@ -144,6 +146,12 @@ def _listen(settings: Settings) -> socket.socket:
     return listener
 
 
+def _check_keys(settings: Settings) -> None:
+    """Raises SettingsError if there is a file of keys that cannot be used."""
+    if settings.api_keys_file is not None:
+        read_keys(settings.api_keys_file)
+
+
 def _kept(loaded: Loaded) -> Loaded:
     """What is loaded stays: spare the collector torch's objects, whose walks cost a quarter of a request's time."""
     gc.collect()
@@ -167,7 +175,7 @@ def serve(settings: Settings, listener: socket.socket, load: Callable[[Settings]
         log_config=None,
         access_log=False,
         server_header=False,
-        proxy_headers=False,  # nothing here asks who the client is
+        proxy_headers=False,  # anybody can send them: an address, for a rate limit, is the connection's
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=int(settings.drain_timeout_s) + 2,
     )
@@ -200,6 +208,7 @@ def main() -> None:
         if settings.queue == "memory":
             check_repository(settings)
             check_device(settings)
+        _check_keys(settings)
         listener = _listen(settings)
     except SettingsError as error:
         print(error, file=sys.stderr)

@@ -12,6 +12,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
+from service.access import create_access
 from service.batching import Batcher
 from service.cache import MemoryCache
 from service.entropy import Entropy
@@ -22,7 +23,7 @@ from service.metrics import Metrics
 from service.middleware import DirectMiddleware, RequestMiddleware
 from service.probes import probes
 from service.repository import Catalog
-from service.routes import direct, router
+from service.routes import catalog, direct, router
 from service.settings import Settings
 from service.uploads import ByteBudget, budget_bytes
 
@@ -37,12 +38,14 @@ DESCRIPTION = (
 
 def create_app(settings: Settings, load: Callable[[Settings], Loaded] = load_engine) -> FastAPI:
     """The application. It answers probes at once, and images as soon as `load` has come back; with `QUEUE=redis` as
-    soon as a worker is there, and nothing is loaded.
+    soon as a worker is there, and nothing is loaded. Raises SettingsError.
     """
+    access = create_access(settings)
+    guards = [] if access is None else access.guards()
     decoders = ThreadPoolExecutor(decoder_threads(), "decoder")
     budget = ByteBudget(budget_bytes(settings.max_batch_size, settings.max_image_bytes))
     cache = MemoryCache(settings.cache_ttl_s) if settings.cache_ttl_s else None
-    gateway = Gateway(settings, Metrics(), decoders, budget, Entropy(), cache)
+    gateway = Gateway(settings, Metrics(), decoders, budget, Entropy(), cache, access)
     app = FastAPIOffline(
         title="Clarifier",
         description=f"{DESCRIPTION} {_limits(settings)}",
@@ -52,10 +55,11 @@ def create_app(settings: Settings, load: Callable[[Settings], Loaded] = load_eng
         telemetry={"tracing": False, "metrics": False, "logs": False},  # the framework's; ours are apart
     )
     app.state.gateway = gateway
-    app.include_router(direct)
+    app.include_router(direct, dependencies=guards)
+    app.include_router(catalog, dependencies=guards)
     app.include_router(router)
     app.include_router(probes)
-    app.add_middleware(DirectMiddleware, routes=direct.routes)
+    app.add_middleware(DirectMiddleware, routes=direct.routes, access=access)
     app.add_middleware(RequestMiddleware, metrics=gateway.metrics, entropy=gateway.entropy)
     install_handlers(app)
     return app

@@ -1,10 +1,11 @@
 """Every error a client can see, and the one shape they are all answered in (RFC 9457 problem+json).
 
     ClarifierError
+    ├── the key: Unauthorized, Forbidden
     ├── the message: EmptyBody, MalformedMultipart, BodyTooSlow, BodyTooLarge, UnsupportedMedia
     ├── the image: UnsupportedFormat, TooManyPixels, Undecodable, Animated, ExtremeAspect
     ├── the question: InvalidParameter, WrongField, UnknownModel, NoDetector, NotAcceptable, TooManyImages
-    ├── the moment: Overloaded, TooBusy, NotReady, Draining, DeadlineExceeded, ClientLeft
+    ├── the moment: RateLimited, Overloaded, TooBusy, NotReady, Draining, DeadlineExceeded, ClientLeft
     └── ourselves: InferenceFailed, NotFinite
 
 Each class says its status, its title and, as its docstring, the page that `/problems/<code>` shows. Errors of
@@ -47,12 +48,30 @@ class ClarifierError(Exception):
         limit: int | None = None,
         actual: int | None = None,
         errors: Sequence[ParameterProblem] | None = None,
+        retry_after_s: float = 0.0,
     ) -> None:
         super().__init__(detail)
         self.detail = detail or self.title
         self.limit = limit
         self.actual = actual
         self.errors = None if errors is None else list(errors)
+        self.retry_after_s = retry_after_s
+        """At least; more is added, so that refused clients don't return as one."""
+
+
+class Unauthorized(ClarifierError):
+    """This service has keys, and the request shows none that is known. Send yours as `Authorization: Bearer KEY` or as
+    `X-API-Key: KEY`."""
+
+    code, status, title = "unauthorized", 401, "a known key is needed"
+    headers: ClassVar[Mapping[str, str]] = {"WWW-Authenticate": "Bearer"}
+
+
+class Forbidden(ClarifierError):
+    """The key is known but has no right to what was asked: `explain` is for explain=true, `costly` for chains with
+    aid, zeropur or auto, the model's default chain too. Whoever runs the service grants rights."""
+
+    code, status, title = "forbidden", 403, "the key may not do this"
 
 
 class EmptyBody(ClarifierError):
@@ -101,7 +120,8 @@ class TooManyPixels(ClarifierError):
 
 
 class TooManyImages(ClarifierError):
-    """The request holds more images than one request may: CLARIFIER_MAX_BATCH_SIZE."""
+    """The request holds more images than one request may, CLARIFIER_MAX_BATCH_SIZE, or than its rate limit ever lets
+    in at once."""
 
     code, status, title = "too_many_images", 413, "the request has too many images"
 
@@ -158,6 +178,13 @@ class NoDetector(ClarifierError):
     """The model has no AID discriminator, so there is nothing to detect with."""
 
     code, status, title = "no_detector", 422, "the model has no detector"
+
+
+class RateLimited(ClarifierError):
+    """This key, or this address where there are no keys, asks more often than CLARIFIER_RATE_LIMIT or the key's own
+    limit allows. Try again after the seconds of Retry-After."""
+
+    code, status, title = "rate_limited", 429, "too many requests, try again later"
 
 
 class Overloaded(ClarifierError):
@@ -269,7 +296,7 @@ def answer_of(error: ClarifierError, record: Record) -> Response:
     record.code = error.code
     headers = dict(error.headers)
     if error.status in (429, 503):
-        headers["Retry-After"] = str(random.randint(1, 3))  # jitter, so that refused clients don't return as one
+        headers["Retry-After"] = str(int(error.retry_after_s) + random.randint(1, 3))
     return _response(problem_of(error, record.request_id), headers)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from fastapi import Request
 
+from service.access import Access
 from service.cache import AnswerCache
 from service.dispatch import Dispatcher
 from service.entropy import Entropy
@@ -26,7 +27,7 @@ STALE_BEAT_S = 2.0
 
 @dataclass
 class Gateway:
-    """Settings, metrics, decoders, randomness; once loaded, the catalog and what leads to the engine."""
+    """Settings, metrics, decoders, randomness, keys; once loaded, the catalog and what leads to the engine."""
 
     settings: Settings
     metrics: Metrics
@@ -35,6 +36,8 @@ class Gateway:
     entropy: Entropy
     cache: AnswerCache | None = None
     """None while it is off."""
+    access: Access | None = None
+    """None if everybody may ask as often as they like."""
     catalog: Catalog = field(default_factory=lambda: Catalog({}))
     batcher: Dispatcher | None = None
     draining: bool = False

@@ -55,12 +55,13 @@ def configure_logging(level: str, style: Literal["json", "text"]) -> None:
 
 
 def log_request(record: Record) -> None:
-    """The line of one request. No pixels, no file name, no header."""
+    """The line of one request. No pixels, no file name, no header; of a key its name."""
     level = LEVELS.get(str(record.status)[0], logging.INFO)
     if not requests.isEnabledFor(level):
         return
     fields = {
         "request_id": record.request_id,
+        "key": record.key,
         "route": record.route,
         "status": record.status,
         "code": record.code,

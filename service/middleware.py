@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.access import Access
 from service.entropy import Entropy
 from service.errors import ClarifierError, TooBusy, answer_of
 from service.logs import log_request
@@ -80,12 +81,13 @@ class DirectMiddleware:
     """Answers the requests of `routes` by itself, and hands every other one to the framework.
 
     Between a request and its handler the framework matches, includes, validates and catches. That takes time which a
-    small image feels, and these handlers use none of it: they take the request and return the response. Our own errors
-    are answered here; whatever else a handler raises is an internal error.
+    small image feels, and these handlers use none of it: they take the request and return the response. Keys are looked
+    at, and our own errors answered here; whatever else a handler raises is an internal error.
     """
 
-    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
+    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute], access: Access | None) -> None:
         self.app = app
+        self._access = access
         self._routes = {
             (method, route.path): route
             for route in routes
@@ -100,6 +102,8 @@ class DirectMiddleware:
             return
         scope["route"] = route
         try:
+            if self._access is not None:
+                await self._access.admit(scope)
             response = await route.endpoint(Request(scope, receive, send))
             await response(scope, receive, send)
         except ClarifierError as error:  # a response raises one only before it has begun

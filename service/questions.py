@@ -17,11 +17,13 @@ from typing import Generic, ParamSpec, TypeVar
 from fastapi import Request
 
 from models.manifest import Manifest, UnknownDefense
+from service.access import key_of, require
 from service.cache import AnswerCache, answer_keys
 from service.dispatch import Dispatcher, Places
 from service.errors import ClarifierError, ClientLeft, DeadlineExceeded
 from service.gateway import Gateway, gateway_of
 from service.images import Decoded, decode_if_quick, decode_image
+from service.keys import Right
 from service.parameters import (
     ClassifyParameters,
     DefenseParameters,
@@ -88,8 +90,8 @@ class Question(Generic[P]):
 
     @property
     def scope(self) -> str:
-        """Who shares cached answers with this client: everybody, as long as clients have no names."""
-        return ""
+        """Who shares cached answers with this client: whoever has its key, or everybody where there are none."""
+        return self.record.key
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,7 @@ class Prepared:
 
 @contextmanager
 def ask(request: Request, operation: Operation, kind: type[P]) -> Iterator[Question[P]]:
-    """What `request` asks; inside, it is let in. Raises what its query, headers, model and the queue forbid."""
+    """What `request` asks; inside, it is let in. Raises what its query, headers, model, key and the queue forbid."""
     gateway = gateway_of(request)
     record = record_of(request.scope)
     parameters = read_parameters(kind, request)
@@ -113,6 +115,7 @@ def ask(request: Request, operation: Operation, kind: type[P]) -> Iterator[Quest
         key = _key(operation, name, gateway.catalog, parameters)
         record.model, record.digest = name, bundle.digest
         record.defense = key.defense if isinstance(parameters, DefenseParameters) else ""
+        _check_rights(request, key, gateway.catalog)
         yield Question(gateway, batcher, places, account, record, parameters, bundle, key, deadline)
 
 
@@ -133,6 +136,16 @@ def _key(operation: Operation, name: str, catalog: Catalog, parameters: ModelPar
         slow = " or ".join(sorted(SLOW_DEFENSES))
         raise invalid(("query", "votes", f"is at most {MAX_SLOW_VOTES} for a random chain with {slow}"))
     return Key(operation, name, chain.defense, votes, parameters.explain)
+
+
+def _check_rights(request: Request, key: Key, catalog: Catalog) -> None:
+    """Raises Forbidden if the API key of `request` may not ask for `key`."""
+    if key_of(request.scope) is None:
+        return
+    if key.explain:
+        require(request.scope, Right.EXPLAIN)
+    if not SLOW_DEFENSES.isdisjoint(catalog.chain(key.model, key.defense).steps):
+        require(request.scope, Right.COSTLY)
 
 
 def draw_seed(question: Question[DefenseParameters]) -> int:
@@ -158,6 +171,8 @@ async def read_uploads(question: Question[ModelParameters], request: Request) ->
     settings = gateway.settings
     limits = (settings.max_batch_size, settings.max_image_bytes, settings.body_timeout_s, question.deadline)
     images = await read_images(request, question.account, gateway.decoders, *limits)
+    if gateway.access is not None:
+        await gateway.access.count_images(request.scope, len(images))
     sound = [image for image in images if isinstance(image, bytes)]
     question.record.bytes = sum(map(len, sound))
     question.batcher.reserve(question.places, len(sound))

@@ -25,6 +25,8 @@ class Record:
     model: str = ""
     defense: str = ""
     """The canonical chain, as it ran."""
+    key: str = ""
+    """The name of the key that asked."""
     status: int = 500
     code: str = ""
     """The problem's code, empty for a good answer."""

@@ -90,6 +90,8 @@ DEFAULT_TOP_K = 5
 
 direct = APIRouter(responses=problems(), tags=["images"])
 """Handlers that take the request and return the response, so that `DirectMiddleware` can call them."""
+catalog = APIRouter(responses={"default": problem_response("A problem")}, tags=["service"])
+"""What needs a key, where there are keys, though no engine runs."""
 router = APIRouter(responses={"default": problem_response("A problem")}, tags=["service"])
 
 
@@ -416,30 +418,32 @@ async def _add_picture(
 # --- what is served
 
 
-@router.get("/", include_in_schema=False)
-async def start_page() -> Response:
-    return RedirectResponse("/docs")
-
-
-@router.get("/models", summary="What is loaded, with settings and robustness reports")
+@catalog.get("/models", summary="What is loaded, with settings and robustness reports")
 async def models(request: Request) -> ModelsResponse:
     read_parameters(NoParameters, request)
     gateway = gateway_of(request)
-    catalog = gateway.catalog
     return ModelsResponse(
         default_model=gateway.settings.default_model,
-        models=catalog.describe_all(),
-        refused=list(catalog.refused),
+        models=gateway.catalog.describe_all(),
+        refused=list(gateway.catalog.refused),
     )
 
 
-@router.get("/models/{name}", summary="The versions of one model, oldest first; or one, as name@version")
+@catalog.get("/models/{name}", summary="The versions of one model, oldest first; or one, as name@version")
 async def model(request: Request, name: str) -> list[ModelInfo]:
     read_parameters(NoParameters, request)
     gateway = gateway_of(request)
     if gateway.batcher is None:  # a model that will be there is not unknown
         raise NotReady(gateway.why_not_ready() or "")
     return gateway.catalog.describe(name)
+
+
+# --- what is open to everybody
+
+
+@router.get("/", include_in_schema=False)
+async def start_page() -> Response:
+    return RedirectResponse("/docs")
 
 
 @router.get("/problems/{slug}", summary="What a problem type means", response_class=HTMLResponse)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     Field,
     NonNegativeFloat,
     PositiveFloat,
@@ -18,6 +19,8 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.rates import read_rate_limits
+
 PREFIX = "CLARIFIER_"
 SECRETS = frozenset({"redis_url"})
 """Fields whose values no message repeats."""
@@ -26,6 +29,11 @@ REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 
 class SettingsError(ValueError):
     """A setting that stops the start; the message is one line that names it."""
+
+
+def _rate_limit(text: str) -> str:
+    read_rate_limits(text)
+    return text
 
 
 class Settings(BaseSettings):
@@ -69,6 +77,10 @@ class Settings(BaseSettings):
 
     cache_ttl_s: NonNegativeFloat = 0.0
     """How long an answer may serve for the same image and question again; 0: no answer is kept."""
+    api_keys_file: Path | None = None
+    """TOML, see `service.keys`. Unset: open to everybody."""
+    rate_limit: Annotated[str, AfterValidator(_rate_limit)] | None = None
+    """Of each key, or of each address where there are no keys: `600/minute`."""
 
     drain_delay_s: NonNegativeFloat = 0.0
     """After SIGTERM: not ready, but still accepting, until load balancers have noticed."""
@@ -115,9 +127,10 @@ def load_settings() -> Settings:
 
 def _one_line(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
+    why = problem["msg"].removeprefix("Value error, ")
     if not problem["loc"]:
-        return problem["msg"].removeprefix("Value error, ")
+        return why
     name = str(problem["loc"][0]).upper().removeprefix(PREFIX)
     if name.lower() in SECRETS:
-        return f"{PREFIX}{name}: {problem['msg']}"
-    return f"{PREFIX}{name}: {problem['msg']}, not {problem['input']!r}"
+        return f"{PREFIX}{name}: {why}"
+    return f"{PREFIX}{name}: {why}, not {problem['input']!r}"

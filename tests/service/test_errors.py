@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from service.errors import ClarifierError, InvalidParameter, Overloaded, classes, pages, problem_of
+from service.entropy import Entropy
+from service.errors import (
+    ClarifierError,
+    InvalidParameter,
+    Overloaded,
+    RateLimited,
+    answer_of,
+    classes,
+    pages,
+    problem_of,
+)
+from service.record import new_record
 from service.schemas import ParameterProblem
 from tests.service.conftest import Running
 
@@ -50,6 +61,12 @@ def test_a_problem_has_the_members_of_the_contract_and_no_empty_ones() -> None:
     }
     error = ParameterProblem(pointer="#/query/x", detail="is odd")
     assert problem_of(InvalidParameter("x", errors=[error]), "i").errors == [error]
+
+
+@pytest.mark.parametrize(("error", "least"), [(Overloaded(), 1), (RateLimited(retry_after_s=40.7), 41)])
+def test_whoever_may_come_again_is_told_when_and_not_all_at_once(error: ClarifierError, least: int) -> None:
+    told = {int(answer_of(error, new_record("", Entropy())).headers["retry-after"]) for _ in range(200)}
+    assert told == {least, least + 1, least + 2}
 
 
 def test_a_problem_without_a_detail_repeats_its_title() -> None:

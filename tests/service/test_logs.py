@@ -46,7 +46,7 @@ def test_a_stack_is_written(formatter: logging.Formatter) -> None:
 def test_a_requests_line_holds_what_is_known_and_nothing_empty(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     request = new_record("id", Entropy())
-    request.status, request.route, request.bytes = 200, "/classify", 12
+    request.status, request.route, request.bytes, request.key = 200, "/classify", 12, "mobile"
     request.timing_ms["decode"] = 0.123456
     log_request(request)
     request.status, request.code = 503, "draining"
@@ -55,7 +55,14 @@ def test_a_requests_line_holds_what_is_known_and_nothing_empty(caplog: pytest.Lo
     assert (good.levelname, bad.levelname) == ("INFO", "WARNING")
     fields = good.__dict__["fields"]
     assert fields.pop("ms") >= 0
-    assert fields == {"request_id": "id", "route": "/classify", "status": 200, "decode_ms": 0.12, "bytes": 12}
+    assert fields == {
+        "request_id": "id",
+        "key": "mobile",
+        "route": "/classify",
+        "status": 200,
+        "decode_ms": 0.12,
+        "bytes": 12,
+    }
     assert bad.__dict__["fields"]["code"] == "draining"
 
 

@@ -41,6 +41,9 @@ def run_service(**environment: str) -> subprocess.CompletedProcess[str]:
         ("CLARIFIER_MAX_BATCHSIZE", "3"),
         ("CLARIFIER_DEVICE", "cuda:77"),
         ("CLARIFIER_MODEL_REPOSITORY", "no/such/place"),
+        ("CLARIFIER_API_KEYS_FILE", "no/such/keys.toml"),
+        ("CLARIFIER_API_KEYS_FILE", ""),  # not the same as unset, which opens the service to everybody
+        ("CLARIFIER_RATE_LIMIT", "600"),
     ],
 )
 def test_rows_60_and_79_a_wrong_setting_ends_the_start_in_one_line_that_names_it(name: str, value: str) -> None:

@@ -21,13 +21,17 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
     assert (settings.max_image_bytes, settings.max_image_pixels) == (10 * 2**20, 40_000_000)
     assert (settings.drain_delay_s, settings.drain_timeout_s) == (0, 25)
     assert settings.cache_ttl_s == 0
+    assert (settings.api_keys_file, settings.rate_limit) == (None, None)
 
 
 def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLARIFIER_PORT", "9001")
     monkeypatch.setenv("CLARIFIER_MAX_QUEUE_DELAY_MS", "0.5")
     monkeypatch.setenv("CLARIFIER_DEVICE", "cuda:1")
+    monkeypatch.setenv("CLARIFIER_API_KEYS_FILE", "keys.toml")
+    monkeypatch.setenv("CLARIFIER_RATE_LIMIT", "600/minute;10/second")
     settings = load_settings()
+    assert (settings.api_keys_file, settings.rate_limit) == (Path("keys.toml"), "600/minute;10/second")
     assert (settings.port, settings.max_queue_delay_ms, settings.device) == (9001, 0.5, "cuda:1")
 
 
@@ -66,6 +70,10 @@ def test_row_79_an_unknown_name_is_refused(name: str, monkeypatch: pytest.Monkey
         ("DEFAULT_MODEL", ""),
         ("REDIS_URL", "http://127.0.0.1"),
         ("WORKER_PORT", "65536"),
+        ("RATE_LIMIT", ""),
+        ("RATE_LIMIT", "600"),
+        ("RATE_LIMIT", "0/minute"),
+        ("RATE_LIMIT", "600/minute;often"),
     ],
 )
 def test_row_79_a_value_out_of_range_is_refused_in_one_line_that_names_it(
