@@ -21,6 +21,7 @@ from service.gateway import Gateway
 from service.loading import Loaded, load_engine
 from service.metrics import Metrics
 from service.middleware import DirectMiddleware, RequestMiddleware
+from service.oip import oip, oip_server
 from service.probes import probes
 from service.repository import Catalog
 from service.routes import catalog, direct, router
@@ -59,6 +60,8 @@ def create_app(settings: Settings, load: Callable[[Settings], Loaded] = load_eng
     app.include_router(catalog, dependencies=guards)
     app.include_router(router)
     app.include_router(probes)
+    app.include_router(oip_server)
+    app.include_router(oip, dependencies=guards)
     app.add_middleware(DirectMiddleware, routes=direct.routes, access=access)
     app.add_middleware(RequestMiddleware, metrics=gateway.metrics, entropy=gateway.entropy)
     install_handlers(app)

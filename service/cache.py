@@ -39,7 +39,7 @@ def answer_keys(scope: str, digest: str, key: Key, seed: int | None, images: Seq
 
     Nothing is found across two scopes. `digest` is that of the bundle, `seed` None if nothing is drawn.
     """
-    question = [scope, digest, key.operation, key.defense, key.votes, key.explain, seed]
+    question = [scope, digest, key.operation, key.defense, key.votes, key.explain, key.purified, key.floats, seed]
     begun = hashlib.sha256(json.dumps(question).encode())  # where it ends and pixels begin, JSON itself says
 
     def ended(image: Pixels) -> bytes:
@@ -106,8 +106,9 @@ class MemoryCache:
 
 def _arrays(answer: Answer) -> list[Floats]:
     match answer:
-        case Classified(probabilities, undefended):
-            return [probabilities] if undefended is None else [probabilities, undefended]
+        case Classified():
+            parts = (answer.probabilities, answer.undefended, answer.purified)
+            return [part for part in parts if part is not None]
         case Purified(image):
             return [image]
     return []
@@ -116,9 +117,13 @@ def _arrays(answer: Answer) -> list[Floats]:
 def _alone(answer: Answer) -> Answer:
     """A copy, read-only: the arrays of an answer are parts of its batch's, which would all be kept with it."""
     match answer:
-        case Classified(probabilities, undefended):
-            bare = None if undefended is None else _copy(undefended)
-            return replace(answer, probabilities=_copy(probabilities), undefended=bare)
+        case Classified():
+            return replace(
+                answer,
+                probabilities=_copy(answer.probabilities),
+                undefended=None if answer.undefended is None else _copy(answer.undefended),
+                purified=None if answer.purified is None else _copy(answer.purified),
+            )
         case Purified(image):
             return replace(answer, image=_copy(image))
     return answer

@@ -9,9 +9,15 @@ from starlette.types import Receive, Scope, Send
 
 from service.errors import ClientLeft
 from service.record import record_of
+from service.settings import Settings
 from service.uploads import ByteBudget
 
 PIECE_BYTES = 64 * 1024
+
+
+def sending_time_s(settings: Settings, size: int) -> float:
+    """How long a client may take to receive `size` bytes: as long as to send them at the slowest pace allowed."""
+    return settings.body_timeout_s * max(1, size / settings.max_image_bytes)
 
 
 class Download(Response):

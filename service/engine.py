@@ -56,7 +56,7 @@ class Engine:
         self._bundles = dict(bundles)
         self.device = device
 
-    def run(self, key: Key, images: Sequence[Pixels], seeds: Sequence[int]) -> Ran:
+    def run(self, key: Key, images: Sequence[Pixels | Floats], seeds: Sequence[int]) -> Ran:
         """An outcome per image, in order; NotFinite in the place of one that holds a NaN or an infinity.
 
         Raises EngineFault when the device fails, and whatever a defense raises.
@@ -81,10 +81,11 @@ class Engine:
         """Allocated on an accelerator; 0 on a CPU."""
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
 
-    def _on_device(self, images: Sequence[Pixels]) -> Tensor:
-        """uint8 (H, W, 3) each to float32 (N, 3, H, W) in [0, 1]."""
+    def _on_device(self, images: Sequence[Pixels | Floats]) -> Tensor:
+        """(H, W, 3) each, all uint8 or all float32 in [0, 1], to float32 (N, 3, H, W) in [0, 1]."""
         stacked = torch.from_numpy(np.stack(images)).to(self.device)
-        return stacked.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 255
+        floats = stacked.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        return floats if stacked.is_floating_point() else floats / 255
 
     def _run(self, key: Key, images: Tensor, seeds: Sequence[int]) -> Ran:
         bundle = self._bundles[key.model]
@@ -144,7 +145,10 @@ def _classify(
         if bundle.manifest.aid_threshold is not None:
             scores = _on_host(bundle.aid_score(images)).tolist()
     chains: Sequence[str | None] = ran or [None] * len(images)
-    answers = [Classified(*parts) for parts in zip(probabilities, undefended, scores, chains, strict=True)]
+    judged: Sequence[Floats | None] = [None] * len(images)
+    if key.purified:
+        judged = list(_pictures(images if purified is None else purified))
+    answers = [Classified(*parts) for parts in zip(probabilities, undefended, scores, chains, judged, strict=True)]
     return [answer if _is_finite(answer) else NotFinite() for answer in answers]
 
 
@@ -156,15 +160,19 @@ def _detect(bundle: LoadedBundle, images: Tensor) -> list[Answer | ClarifierErro
 def _distances(images: Tensor, purified: Tensor) -> list[Answer | ClarifierError]:
     """The purified images on the host, each with its distance to what it was."""
     distances = _on_host((purified - images).abs().flatten(1).amax(1))
-    pictures = np.ascontiguousarray(_on_host(purified).transpose(0, 2, 3, 1))
     return [
         Purified(picture, float(distance)) if np.isfinite(picture).all() else NotFinite()
-        for picture, distance in zip(pictures, distances, strict=True)
+        for picture, distance in zip(_pictures(purified), distances, strict=True)
     ]
 
 
+def _pictures(images: Tensor) -> Floats:
+    """(N, 3, H, W) on the device to (N, H, W, 3) on the host."""
+    return np.ascontiguousarray(_on_host(images).transpose(0, 2, 3, 1))
+
+
 def _is_finite(answer: Classified) -> bool:
-    parts = [answer.probabilities, answer.undefended, answer.aid_score]
+    parts = [answer.probabilities, answer.undefended, answer.aid_score, answer.purified]
     return all(np.isfinite(part).all() for part in parts if part is not None)
 
 

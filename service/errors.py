@@ -2,15 +2,17 @@
 
     ClarifierError
     ├── the key: Unauthorized, Forbidden
-    ├── the message: EmptyBody, MalformedMultipart, BodyTooSlow, BodyTooLarge, UnsupportedMedia
+    ├── the message: EmptyBody, MalformedMultipart, MalformedJson, BadBase64, MalformedTensor, BodyTooSlow,
+    │   BodyTooLarge, UnsupportedMedia
     ├── the image: UnsupportedFormat, TooManyPixels, Undecodable, Animated, ExtremeAspect
-    ├── the question: InvalidParameter, WrongField, UnknownModel, NoDetector, NotAcceptable, TooManyImages
+    ├── the question: InvalidParameter, InvalidInference, WrongField, UnknownModel, NoDetector, NotAcceptable,
+    │   TooManyImages
     ├── the moment: RateLimited, Overloaded, TooBusy, NotReady, Draining, DeadlineExceeded, ClientLeft
     └── ourselves: InferenceFailed, NotFinite
 
 Each class says its status, its title and, as its docstring, the page that `/problems/<code>` shows. Errors of
 the framework (404, 405, ...) are answered in the same shape. Details are safe to show: they hold no paths, no
-library names, and nothing of the upload.
+library names, and nothing of the upload. Below /v2 the same errors have the shape of the Open Inference Protocol.
 """
 
 from __future__ import annotations
@@ -23,13 +25,18 @@ from typing import ClassVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
-from service.record import Record, record_of
+from service.record import record_of
 from service.schemas import ParameterProblem, Problem
 
 PROBLEM_JSON = "application/problem+json"
 IMAGE_TYPES = "image/jpeg, image/png, image/webp, image/bmp, multipart/form-data"
+OIP = "/v2"
+"""Where the Open Inference Protocol is spoken."""
+OIP_TYPES = "application/json, application/octet-stream"
 
 
 class ClarifierError(Exception):
@@ -85,6 +92,27 @@ class MalformedMultipart(ClarifierError):
     or an image sent as a text field (a part without a file name)."""
 
     code, status, title = "malformed_multipart", 400, "the multipart message is malformed"
+
+
+class MalformedJson(ClarifierError):
+    """The JSON cannot be read: it is not JSON, not UTF-8 or begins with a byte order mark, is nested too deeply, names
+    a member twice, or holds NaN, a number beyond a double's range or half of a surrogate pair."""
+
+    code, status, title = "malformed_json", 400, "the JSON is malformed"
+
+
+class BadBase64(ClarifierError):
+    """An image in JSON is not base64: the standard alphabet, padded, without line breaks. `data:image/png;base64,` may
+    stand before it."""
+
+    code, status, title = "bad_base64", 400, "the image is not base64"
+
+
+class MalformedTensor(ClarifierError):
+    """The binary part of an inference request contradicts its lengths: Inference-Header-Content-Length, a
+    `binary_data_size`, or the four bytes before an element."""
+
+    code, status, title = "malformed_tensor", 400, "the binary tensors are malformed"
 
 
 class UnknownModel(ClarifierError):
@@ -165,6 +193,13 @@ class InvalidParameter(ClarifierError):
     """A query parameter or header is unknown, repeated or out of range; `errors` points at each."""
 
     code, status, title = "invalid_parameter", 422, "a parameter is not valid"
+
+
+class InvalidInference(ClarifierError):
+    """An inference request can be read but not be answered: a member, input or output that the model does not have, a
+    shape or datatype that it does not take, data that contradict their shape, or numbers outside [0, 1]."""
+
+    code, status, title = "invalid_inference", 422, "the inference request is not valid"
 
 
 class WrongField(ClarifierError):
@@ -288,16 +323,17 @@ def install_handlers(app: FastAPI) -> None:
 
 async def _answer_ours(request: Request, error: Exception) -> Response:
     assert isinstance(error, ClarifierError)
-    return answer_of(error, record_of(request.scope))
+    return answer_of(error, request.scope)
 
 
-def answer_of(error: ClarifierError, record: Record) -> Response:
-    """The answer to the request of `record`, which is told the problem's code."""
+def answer_of(error: ClarifierError, scope: Scope) -> Response:
+    """The answer to the request of `scope`, whose record is told the problem's code."""
+    record = record_of(scope)
     record.code = error.code
     headers = dict(error.headers)
     if error.status in (429, 503):
         headers["Retry-After"] = str(int(error.retry_after_s) + random.randint(1, 3))
-    return _response(problem_of(error, record.request_id), headers)
+    return _response(problem_of(error, record.request_id), headers, scope)
 
 
 async def _answer_framework(request: Request, error: Exception) -> Response:
@@ -305,13 +341,13 @@ async def _answer_framework(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 400
     status = status if status in PAGES_OF_THE_FRAMEWORK else 400
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
-    return _response(_framework_problem(request, status), headers)
+    return _response(_framework_problem(request, status), headers, request.scope)
 
 
 async def _answer_unforeseen(request: Request, error: Exception) -> Response:
     """The stack goes to the log: the server writes it, and then closes the connection."""
     problem = _framework_problem(request, 500)
-    return _response(problem, {"X-Request-Id": problem.request_id, "Connection": "close"})
+    return _response(problem, {"X-Request-Id": problem.request_id, "Connection": "close"}, request.scope)
 
 
 def _framework_problem(request: Request, status: int) -> Problem:
@@ -335,6 +371,17 @@ def _slug(code: str) -> str:
     return code.replace("_", "-")
 
 
-def _response(problem: Problem, headers: Mapping[str, str]) -> Response:
+def _response(problem: Problem, headers: Mapping[str, str], scope: Scope) -> Response:
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    if path == OIP or path.startswith(f"{OIP}/"):
+        return _oip_response(problem, headers)
     body = problem.model_dump_json(exclude_none=True)
     return Response(body, problem.status, headers=dict(headers), media_type=PROBLEM_JSON)
+
+
+def _oip_response(problem: Problem, headers: Mapping[str, str]) -> Response:
+    """The same in one member, which is all that clients of the protocol read."""
+    detail = "" if problem.detail == problem.title else f": {problem.detail}"
+    body = to_json({"error": problem.title + detail})
+    own = {name: OIP_TYPES if name == "Accept-Post" else value for name, value in headers.items()}
+    return Response(body, problem.status, headers=own, media_type="application/json")

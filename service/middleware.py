@@ -14,11 +14,13 @@ from service.entropy import Entropy
 from service.errors import ClarifierError, TooBusy, answer_of
 from service.logs import log_request
 from service.metrics import Metrics
-from service.record import Record, new_record, record_of
+from service.record import Record, new_record
 
 MAX_ACTIVE_REQUESTS = 2048
 """That are being answered; idle connections are not counted."""
-PROBES = frozenset({"/livez", "/readyz", "/metrics", "/ping", "/healthz", "/health"})
+PROBES = frozenset(
+    {"/livez", "/readyz", "/metrics", "/ping", "/healthz", "/health", "/v2/health/live", "/v2/health/ready"}
+)
 """Answered however many requests there are: a busy process is not to be restarted for it."""
 
 
@@ -56,7 +58,7 @@ class RequestMiddleware:
 
         app: ASGIApp = self.app
         if self._active >= self._max_active and scope["path"] not in PROBES:
-            app = answer_of(TooBusy(), record)
+            app = answer_of(TooBusy(), scope)
         self._active += 1
         try:
             await app(scope, watched_receive, completed_send)
@@ -107,4 +109,4 @@ class DirectMiddleware:
             response = await route.endpoint(Request(scope, receive, send))
             await response(scope, receive, send)
         except ClarifierError as error:  # a response raises one only before it has begun
-            await answer_of(error, record_of(scope))(scope, receive, send)
+            await answer_of(error, scope)(scope, receive, send)

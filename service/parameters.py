@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -102,6 +103,22 @@ class PurifyParameters(DefenseParameters):
     explain: IgnoredExplain = False
 
 
+class InferParameters(Parameters):
+    """Of an inference, in its JSON body: what has the name of a query parameter means the same."""
+
+    model_config = ConfigDict(strict=True)
+
+    defense: Defense = None
+    seed: Seed = None
+    votes: Votes = 1
+    timeout: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Microseconds until the deadline; 0 leaves it to X-Request-Timeout-Ms."""
+    priority: Annotated[int, Field(ge=0, le=1)] = 0
+    """There is one level: the default, 0, which is also the highest, 1."""
+    binary_data_output: bool = False
+    """Whether outputs that say nothing else about themselves are sent as binary tensors."""
+
+
 class NoParameters(Parameters):
     """Of routes that take none."""
 
@@ -122,26 +139,36 @@ def _parameters(kind: type[P], query: bytes) -> P:
         names = [name for name, _ in items]
         repeated = sorted({name for name in names if names.count(name) > 1 and name in kind.model_fields})
         raise invalid(*(("query", name, "is given more than once") for name in repeated or ["unknown"]))
+    return validated(kind, values, "query")
+
+
+_remembered = lru_cache(REMEMBERED_QUERIES)(_parameters)
+
+
+def validated(kind: type[P], values: Mapping[str, object], place: str) -> P:
+    """`values`, which came in `place`. Raises InvalidParameter, with a pointer to each thing that is wrong."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False)
-        raise invalid(*(("query", *_name_and_detail(kind, problem)) for problem in found[:16])) from None
-
-
-_remembered = lru_cache(REMEMBERED_QUERIES)(_parameters)
+        raise invalid(*((place, *_name_and_detail(kind, problem)) for problem in found[:16])) from None
 
 
 def _name_and_detail(kind: type[Parameters], problem: Any) -> tuple[str, str]:
     name = str(problem["loc"][0])
     if name not in kind.model_fields:
         known = ", ".join(kind.model_fields) or "none"
-        return re.sub(r"[^A-Za-z0-9_.-]", "?", name[:64]), f"is not a parameter of this route; known: {known}"
+        return printable(name), f"is not a parameter of this route; known: {known}"
     return name, problem["msg"]
 
 
+def printable(name: str) -> str:
+    """A client's name for something, safe to show."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "?", name[:64])
+
+
 def invalid(*problems: tuple[str, str, str]) -> InvalidParameter:
-    """The error for (place, name, detail) of each thing that is wrong; place is `query` or `header`."""
+    """The error for (place, name, detail) of each thing that is wrong; place is `query`, `header` or `parameters`."""
     errors = [ParameterProblem(pointer=f"#/{place}/{name}", detail=detail) for place, name, detail in problems]
     return InvalidParameter("; ".join(f"{name}: {detail}" for _, name, detail in problems), errors=errors)
 

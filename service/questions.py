@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, ParamSpec, TypeVar
 
 from fastapi import Request
@@ -48,6 +48,7 @@ MAX_SLOW_VOTES = 8
 """Of chains with a slow defense: 64 draws would keep the engine from everybody else for minutes."""
 
 P = TypeVar("P", bound=ModelParameters, covariant=True)
+Given = TypeVar("Given", bound=ModelParameters)
 R = TypeVar("R")
 Arguments = ParamSpec("Arguments")
 
@@ -74,8 +75,8 @@ class Question(Generic[P]):
 
     @property
     def keeps_upload(self) -> bool:
-        """Whether the upload is needed again when the answer is there."""
-        return isinstance(self.parameters, PurifyParameters) and self.parameters.size == "original"
+        """Whether the upload is needed until the answer is there: again for it, or because floats wait as they came."""
+        return self.key.floats or (isinstance(self.parameters, PurifyParameters) and self.parameters.size == "original")
 
     @property
     def draws(self) -> bool:
@@ -105,9 +106,15 @@ class Prepared:
 @contextmanager
 def ask(request: Request, operation: Operation, kind: type[P]) -> Iterator[Question[P]]:
     """What `request` asks; inside, it is let in. Raises what its query, headers, model, key and the queue forbid."""
+    with ask_with(request, operation, read_parameters(kind, request)) as question:
+        yield question
+
+
+@contextmanager
+def ask_with(request: Request, operation: Operation, parameters: Given) -> Iterator[Question[Given]]:
+    """As `ask`, for `parameters` that were not read from the query."""
     gateway = gateway_of(request)
     record = record_of(request.scope)
-    parameters = read_parameters(kind, request)
     deadline = record.started + read_timeout_s(request, gateway.settings.request_timeout_ms / 1000)
     with gateway.let_in() as batcher, batcher.places() as places, gateway.uploads.account() as account:
         wanted = parameters.model
@@ -115,8 +122,20 @@ def ask(request: Request, operation: Operation, kind: type[P]) -> Iterator[Quest
         key = _key(operation, name, gateway.catalog, parameters)
         record.model, record.digest = name, bundle.digest
         record.defense = key.defense if isinstance(parameters, DefenseParameters) else ""
-        _check_rights(request, key, gateway.catalog)
+        check_rights(request, key, gateway.catalog)
         yield Question(gateway, batcher, places, account, record, parameters, bundle, key, deadline)
+
+
+def refine(
+    asked: Question[ModelParameters], parameters: ClassifyParameters, deadline: float, *, purified: bool, floats: bool
+) -> Question[ClassifyParameters]:
+    """The whole question, where the body said more of it than the query. Raises InvalidParameter."""
+    key = _key(asked.key.operation, asked.key.model, asked.gateway.catalog, parameters)
+    key = replace(key, purified=purified, floats=floats)
+    asked.record.defense = key.defense
+    return Question(
+        asked.gateway, asked.batcher, asked.places, asked.account, asked.record, parameters, asked.bundle, key, deadline
+    )
 
 
 def _key(operation: Operation, name: str, catalog: Catalog, parameters: ModelParameters) -> Key:
@@ -138,7 +157,7 @@ def _key(operation: Operation, name: str, catalog: Catalog, parameters: ModelPar
     return Key(operation, name, chain.defense, votes, parameters.explain)
 
 
-def _check_rights(request: Request, key: Key, catalog: Catalog) -> None:
+def check_rights(request: Request, key: Key, catalog: Catalog) -> None:
     """Raises Forbidden if the API key of `request` may not ask for `key`."""
     if key_of(request.scope) is None:
         return
@@ -194,6 +213,25 @@ async def decode(question: Question[ModelParameters], data: bytes, *, alone: boo
     record.time("decode", decode_ms)
     record.format, record.width, record.height = decoded.format, decoded.width, decoded.height
     return Prepared(decoded, decode_ms)
+
+
+async def decode_all(
+    question: Question[ModelParameters], uploads: Sequence[bytes | ClarifierError]
+) -> list[Prepared | ClarifierError]:
+    """Each upload as `decode` makes it, or why it cannot be."""
+    return await asyncio.gather(*(_decode_or_error(question, upload) for upload in uploads))
+
+
+async def _decode_or_error(
+    question: Question[ModelParameters], data: bytes | ClarifierError
+) -> Prepared | ClarifierError:
+    if isinstance(data, ClarifierError):
+        return data
+    try:
+        return await decode(question, data, alone=False)
+    except ClarifierError as error:  # its frames would keep the upload until the whole batch is answered
+        error.__cause__ = error.__context__ = None
+        return error.with_traceback(None)
 
 
 async def answer(question: Question[ModelParameters], request: Request, prepared: Prepared, seed: int) -> Completed:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,6 +52,7 @@ from service.questions import (
     answer_all,
     ask,
     decode,
+    decode_all,
     draw_seed,
     in_thread,
     read_upload,
@@ -120,7 +120,7 @@ async def classify(request: Request) -> Response:
 )
 async def classify_batch(request: Request) -> Response:
     with ask(request, Operation.CLASSIFY, ClassifyParameters) as question:
-        images = await _decode_all(question, await read_uploads(question, request))
+        images = await decode_all(question, await read_uploads(question, request))
         results = [_result(question, answered) for answered in await _answer_each(question, request, images)]
         return _json(BatchResponse(request_id=question.record.request_id, results=results))
 
@@ -170,7 +170,7 @@ async def purify_batch(request: Request) -> Response:
     with ask(request, Operation.PURIFY, PurifyParameters) as question, question.gateway.uploads.account() as account:
         media_type = _acceptable(request, ARCHIVE_TYPES)
         uploads = await read_uploads(question, request)
-        images = await _decode_all(question, uploads)
+        images = await decode_all(question, uploads)
         _check_pixels(question, images)
         originals = [upload if question.keeps_upload and isinstance(upload, bytes) else None for upload in uploads]
         del uploads  # may be large
@@ -234,8 +234,8 @@ def _classify_response(
     classes = question.manifest.classes
     threshold = question.manifest.aid_threshold
     score = classified.aid_score
-    top = _top(classified.probabilities, classes, question.parameters.top_k or DEFAULT_TOP_K)
-    first = top[0]
+    verdicts = top(classified.probabilities, classes, question.parameters.top_k or DEFAULT_TOP_K)
+    first = verdicts[0]
     undefended = classified.undefended
     return ClassifyResponse(
         request_id=question.record.request_id,
@@ -247,15 +247,15 @@ def _classify_response(
         label=first["label"],
         index=first["index"],
         probability=first["probability"],
-        top=top,
-        undefended=None if undefended is None else _top(undefended, classes, 1)[0],
+        top=verdicts,
+        undefended=None if undefended is None else top(undefended, classes, 1)[0],
         aid_score=score,
         suspicious=None if score is None or threshold is None else score < threshold,
         timing_ms=_timing(question, prepared, completed),
     )
 
 
-def _top(probabilities: Floats, classes: tuple[str, ...], count: int) -> list[Verdict]:
+def top(probabilities: Floats, classes: tuple[str, ...], count: int) -> list[Verdict]:
     """The `count` likeliest classes; of equals the first."""
     order = np.argsort(-probabilities, kind="stable")[:count].tolist()
     return [Verdict(label=classes[i], index=i, probability=float(probabilities[i])) for i in order]
@@ -268,24 +268,6 @@ def _timing(question: Question[ModelParameters], prepared: Prepared, completed: 
         inference=round(completed.inference_ms, 3),
         total=round(question.record.elapsed_ms(), 3),
     )
-
-
-async def _decode_all(
-    question: Question[DefenseParameters], uploads: list[bytes | ClarifierError]
-) -> list[Prepared | ClarifierError]:
-    return await asyncio.gather(*(_decode_or_error(question, upload) for upload in uploads))
-
-
-async def _decode_or_error(
-    question: Question[DefenseParameters], data: bytes | ClarifierError
-) -> Prepared | ClarifierError:
-    if isinstance(data, ClarifierError):
-        return data
-    try:
-        return await decode(question, data, alone=False)
-    except ClarifierError as error:  # its frames would keep the upload until the whole batch is answered
-        error.__cause__ = error.__context__ = None
-        return error.with_traceback(None)
 
 
 async def _answer_each(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -144,6 +144,16 @@ async def read_images(
     return [upload if isinstance(upload, ClarifierError) else upload.data for upload in uploads]
 
 
+async def read_message(
+    request: Request, account: Account, media_types: Sequence[str], limit: int, timeout_s: float, deadline: float
+) -> bytes:
+    """The whole body of `request`, which must be of one of `media_types`. Raises as `read_image`."""
+    content_type, _ = _content_type(request)
+    if content_type not in media_types:
+        raise UnsupportedMedia(f"send {' or '.join(filter(None, media_types))}")
+    return await _read(request, account, limit, timeout_s, deadline)
+
+
 def budget_bytes(max_images: int, max_bytes: int) -> int:
     """How many bytes of uploads may be in memory at once."""
     return max(BUDGET_IMAGES * max_bytes, 2 * batch_body_bytes(max_images, max_bytes))
@@ -157,7 +167,7 @@ def batch_body_bytes(max_images: int, max_bytes: int) -> int:
 def _content_type(request: Request) -> tuple[str, bytes | None]:
     """The content type, and the boundary if it is multipart. Raises UnsupportedMedia, MalformedMultipart."""
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
-        raise UnsupportedMedia("a Content-Encoding is not accepted: send the image as it is")
+        raise UnsupportedMedia("a Content-Encoding is not accepted: send the body as it is")
     declared = request.headers.get("content-type", "")
     if declared.count(";") > MAX_OPTIONS:
         raise UnsupportedMedia("the content type has too many options")

@@ -67,6 +67,8 @@ def pack_work(uid: str, gateway: str, item: Item, left_ms: float) -> dict[bytes,
         "defense": key.defense,
         "votes": key.votes,
         "explain": key.explain,
+        "purified": key.purified,
+        "floats": key.floats,
         "seed": item.seed,
         "left_ms": left_ms,
     }
@@ -82,8 +84,10 @@ def unpack_work(fields: Fields) -> Work:
             _text(head["model"]),
             _text(head["defense"]),
             _whole(head["votes"], least=1),
-            bool(head["explain"]),
+            *(_truth(head[name]) for name in ("explain", "purified", "floats")),
         )
+        if (arrays["image"].dtype == TYPES["f4"]) != key.floats:
+            raise ValueError("the image is of another kind than its key says")
         uid, gateway = _text(head["uid"]), _text(head["gateway"])
         return Work(uid, gateway, key, arrays["image"], _whole(head["seed"]), _finite(head["left_ms"]))
     except (KeyError, TypeError, ValueError) as error:
@@ -105,7 +109,9 @@ def pack_reply(uid: str, outcome: Outcome) -> dict[bytes, bytes]:
     match outcome.answer:
         case Classified() as answer:
             head |= {"kind": "classified", "aid_score": answer.aid_score, "ran": answer.ran}
-            return _pack(head, probabilities=answer.probabilities, undefended=answer.undefended)
+            return _pack(
+                head, probabilities=answer.probabilities, undefended=answer.undefended, purified=answer.purified
+            )
         case Purified() as answer:
             return _pack({**head, "kind": "purified", "linf": answer.linf}, image=answer.image)
         case Detected() as answer:
@@ -135,6 +141,7 @@ def _answer(head: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Answ
                 arrays.get("undefended"),
                 None if score is None else _finite(score),
                 None if ran is None else _text(ran),
+                arrays.get("purified"),
             )
         case "purified":
             return Purified(arrays["image"], _finite(head["linf"]))
@@ -171,6 +178,12 @@ def _array(data: bytes, kind: str, *shape: int) -> NDArray[Any]:
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError("a text is none")
+    return value
+
+
+def _truth(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError("true or false is neither")
     return value
 
 

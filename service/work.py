@@ -36,6 +36,10 @@ class Key:
     """Canonical chain, as `Manifest.resolve` writes it."""
     votes: int = 1
     explain: bool = False
+    purified: bool = False
+    """Whether a classification hands back the image that it judged; only for one vote."""
+    floats: bool = False
+    """Whether the images are Floats in [0, 1], not Pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,8 @@ class Classified:
     aid_score: float | None = None
     ran: str | None = None
     """The chain that `auto` chose; None where the defense itself ran."""
+    purified: Floats | None = None
+    """The image (H, W, 3) in [0, 1] that was judged, where it was asked for."""
 
 
 @dataclass(frozen=True, slots=True)

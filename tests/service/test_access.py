@@ -22,7 +22,7 @@ from tests.service.test_keys import entry
 GOOD = png(green())
 MASTER, PLAIN, SLOW, OTHER = "key-of-the-master", "key-without-rights", "key-with-a-limit", "key-with-another"
 CANARY = "canary-0123456789"
-OPEN = {"/livez", "/readyz", "/metrics", "/problems/{slug}"}
+OPEN = {"/livez", "/readyz", "/metrics", "/problems/{slug}", "/v2", "/v2/health/live", "/v2/health/ready"}
 """Documented routes that need no key."""
 
 
@@ -407,3 +407,20 @@ def test_row_83_cached_answers_are_found_by_the_key_they_were_made_for(
     for key, hits in ((PLAIN, 0), (PLAIN, 1), (MASTER, 1), (MASTER, 2)):
         assert classify(server, key).status_code == 200
         assert server.metric("clarifier_cache_requests_total", result="hit") == hits
+
+
+def infer(server: Running, key: str, count: int = 1, **parts: Any) -> httpx.Response:
+    images = {"name": "images", "shape": [count, 3, 8, 8], "datatype": "FP32", "data": [0.5] * (count * 192)}
+    headers = {"X-API-Key": key}
+    return server.client.post("/v2/models/colors/infer", json={"inputs": [images], **parts}, headers=headers)
+
+
+def test_an_inference_needs_the_rights_of_what_it_asks_and_each_image_counts(guarded: Running, keys_file: Path) -> None:
+    costly, score = {"parameters": {"defense": "zeropur"}}, {"outputs": [{"name": "aid_score"}]}
+    asked: list[tuple[str, dict[str, Any]]]
+    asked = [(PLAIN, costly), (PLAIN, score), (MASTER, costly), (MASTER, score)]
+    assert [infer(guarded, key, **parts).status_code for key, parts in asked] == [403, 403, 200, 200]
+    assert infer(guarded, "nobody").status_code == 401
+    with running(FakeBundle(), api_keys_file=keys_file) as fresh:
+        assert [infer(fresh, SLOW, 2).status_code for _ in range(2)] == [200, 429]  # of three a minute
+        assert infer(fresh, OTHER, 4).status_code == 413

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from service.engine import DeviceUnavailable, Engine, choose_device
 from service.errors import NotFinite
 from service.images import to_floats
-from service.work import Classified, Detected, EngineFault, Key, Operation, Pixels, Purified
+from service.work import Classified, Detected, EngineFault, Floats, Key, Operation, Pixels, Purified
 from tests.networks import SIZE, tiny_bundle, with_auto
 from tests.service.fakes import NAN_VALUE, FakeBundle, green, marked
 from tests.service.manifests import CLASSES, SIDE, fake_manifest
@@ -25,7 +26,9 @@ def engine(bundle: FakeBundle | None = None) -> Engine:
     return Engine({NAME: bundle or FakeBundle()}, torch.device("cpu"))
 
 
-def run(key: Key, pixels: Sequence[Pixels], seeds: Sequence[int], bundle: FakeBundle | None = None) -> list[object]:
+def run(
+    key: Key, pixels: Sequence[Pixels | Floats], seeds: Sequence[int], bundle: FakeBundle | None = None
+) -> list[object]:
     """The outcomes of one batch."""
     return list(engine(bundle).run(key, pixels, seeds).outcomes)
 
@@ -62,6 +65,40 @@ def test_auto_says_which_chain_ran_for_each_image_and_others_do_not() -> None:
     answers = run(Key(Operation.CLASSIFY, NAME, "auto"), [green(), dark], [0, 0], FakeBundle())
     answers += run(Key(Operation.CLASSIFY, NAME, "atop"), [green()], [0], FakeBundle())
     assert [answer.ran for answer in answers if isinstance(answer, Classified)] == ["none", "zeropur", None]
+
+
+def test_floats_are_judged_as_they_are_and_pixels_as_their_255th() -> None:
+    pixels = images(2)
+    key = Key(Operation.CLASSIFY, NAME, purified=True)
+    from_pixels = run(key, pixels, [0, 0])
+    from_floats = run(replace(key, floats=True), [to_floats(image) for image in pixels], [0, 0])
+    fine = np.nextafter(to_floats(pixels[0]), np.float32(0))
+    (finer,) = run(replace(key, floats=True), [fine], [0])
+    for image, one, other in zip(pixels, from_pixels, from_floats, strict=True):
+        assert isinstance(one, Classified)
+        assert isinstance(other, Classified)
+        assert np.array_equal(one.probabilities, other.probabilities)
+        assert other.purified is not None
+        assert np.array_equal(other.purified, to_floats(image))
+    assert isinstance(finer, Classified)
+    assert finer.purified is not None
+    assert np.array_equal(finer.purified, fine)
+
+
+@pytest.mark.parametrize("defense", ["none", "atop"])
+def test_a_classification_hands_back_the_image_that_it_judged(defense: str) -> None:
+    (answer,) = run(Key(Operation.CLASSIFY, NAME, defense, purified=True), [green()], [5])
+    (purified,) = run(Key(Operation.PURIFY, NAME, defense), [green()], [5]) if defense != "none" else (None,)
+    assert isinstance(answer, Classified)
+    assert answer.purified is not None
+    expected = purified.image if isinstance(purified, Purified) else to_floats(green())
+    assert np.array_equal(answer.purified, expected)
+    (bare,) = run(Key(Operation.CLASSIFY, NAME), [expected], [0])
+    assert isinstance(bare, Classified)
+    assert np.allclose(answer.probabilities, bare.probabilities)
+    (usual,) = run(Key(Operation.CLASSIFY, NAME, defense), [green()], [5])
+    assert isinstance(usual, Classified)
+    assert usual.purified is None
 
 
 def test_explain_without_a_detector_has_no_score() -> None:

@@ -30,7 +30,7 @@ def test_every_error_has_a_code_of_its_own_a_title_and_a_page() -> None:
     assert len(errors) > 20
     assert len({error.code for error in errors}) == len(errors)
     for error in errors:
-        assert re.fullmatch("[a-z_]+", error.code)
+        assert re.fullmatch("[a-z0-9_]+", error.code)
         assert 400 <= error.status <= 504
         assert error.title != ClarifierError.title
         status, title, paragraph = pages()[error.code.replace("_", "-")]
@@ -65,7 +65,8 @@ def test_a_problem_has_the_members_of_the_contract_and_no_empty_ones() -> None:
 
 @pytest.mark.parametrize(("error", "least"), [(Overloaded(), 1), (RateLimited(retry_after_s=40.7), 41)])
 def test_whoever_may_come_again_is_told_when_and_not_all_at_once(error: ClarifierError, least: int) -> None:
-    told = {int(answer_of(error, new_record("", Entropy())).headers["retry-after"]) for _ in range(200)}
+    scope = {"type": "http", "path": "/classify", "clarifier.record": new_record("", Entropy())}
+    told = {int(answer_of(error, scope).headers["retry-after"]) for _ in range(200)}
     assert told == {least, least + 1, least + 2}
 
 

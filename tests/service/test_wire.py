@@ -21,7 +21,7 @@ IMAGE = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
 FLOATS = np.linspace(0, 1, 3, dtype=np.float32)
 ANSWERS: list[Answer] = [
     Classified(FLOATS),
-    Classified(FLOATS, FLOATS[::-1], 0.25, "atop"),
+    Classified(FLOATS, FLOATS[::-1], 0.25, "atop", np.zeros((2, 2, 3), np.float32)),
     Purified(np.ones((2, 2, 3), np.float32), 0.5),
     Detected(0.75),
 ]
@@ -37,11 +37,17 @@ def item(key: Key) -> Item:
 
 @pytest.mark.parametrize("operation", list(Operation))
 def test_work_comes_back_as_it_was(operation: Operation) -> None:
-    key = Key(operation, "colors@1", "atop:rt3,aid", 3, True)
+    key = Key(operation, "colors@1", "atop:rt3,aid", 3, explain=True, purified=True)
     work = unpack_work(pack_work("g-1", "g", item(key), 1234.5))
     assert (work.uid, work.gateway, work.key, work.seed, work.left_ms) == ("g-1", "g", key, 2**64 - 1, 1234.5)
     np.testing.assert_array_equal(work.image, IMAGE)
     assert work.image.dtype == np.uint8
+
+
+def test_floats_come_back_as_floats() -> None:
+    one = item(Key(Operation.CLASSIFY, "colors@1", floats=True))
+    one.image = (IMAGE / 255).astype(np.float32).transpose(1, 0, 2)  # type: ignore[assignment]  # a view, as they wait
+    np.testing.assert_array_equal(unpack_work(pack_work("g-1", "g", one, 1.0)).image, one.image)
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
@@ -89,6 +95,8 @@ REPLY = pack_reply("g-1", Completed(ANSWERS[0], 1.0, 1.0, 1, {}))
         changed(WORK, operation="delete"),
         changed(WORK, votes=0),
         changed(WORK, votes=True),
+        changed(WORK, floats=True),
+        changed(WORK, explain=1),
         changed(WORK, seed=-1),
         changed(WORK, left_ms=None),
         changed(WORK, left_ms="nan"),
