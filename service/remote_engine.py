@@ -22,7 +22,7 @@ from service.loading import Loaded
 from service.metrics import Metrics
 from service.queue import Item, Outcome
 from service.settings import Settings
-from service.store import UNREACHABLE, Store, Taken
+from service.store import UNREACHABLE, Announcement, Store, Taken
 from service.wire import Malformed, Work, pack_reply, unpack_work
 from service.work import Key
 
@@ -205,18 +205,20 @@ class RemoteEngine:
 
     async def _answer(self, outcomes: Sequence[tuple[tuple[Taken, Work], Outcome]]) -> None:
         """Every outcome to its gateway; until Redis takes them, or nobody can wait for them any more."""
-        for (taken, work), outcome in outcomes:
-            if isinstance(outcome, UNANSWERED):
-                self._held.pop(taken.entry, None)
-                continue
-            fields, ends = pack_reply(work.uid, outcome), time.monotonic() + work.left_ms / 1000
-            while taken.entry in self._held and time.monotonic() < ends:
-                try:
-                    await self._store.finish(taken, work.gateway, fields)
-                    break
-                except UNREACHABLE as error:
-                    self._note_error("finish", error)
-                    await asyncio.sleep(RETRY_S)
+        answers = [
+            (taken, work.gateway, pack_reply(work.uid, outcome))
+            for (taken, work), outcome in outcomes
+            if not isinstance(outcome, UNANSWERED)
+        ]
+        ends = time.monotonic() + max(work.left_ms for (_, work), _ in outcomes) / 1000
+        while answers and time.monotonic() < ends:
+            try:
+                await self._store.finish(answers)
+                break
+            except UNREACHABLE as error:
+                self._note_error("finish", error)
+                await asyncio.sleep(RETRY_S)
+        for (taken, _), _ in outcomes:
             self._held.pop(taken.entry, None)
 
     async def _park(self, taken: Taken) -> None:
@@ -231,7 +233,7 @@ class RemoteEngine:
         key = work.key
         parked = {"uid": work.uid, "model": key.model, "operation": key.operation, "defense": key.defense}
         await self._store.park(parked)
-        await self._store.finish(taken, work.gateway, pack_reply(work.uid, InferenceFailed()))
+        await self._store.finish([(taken, work.gateway, pack_reply(work.uid, InferenceFailed()))])
 
     async def _discard(self, taken: Taken) -> None:
         self._held.pop(taken.entry, None)
@@ -253,11 +255,8 @@ class RemoteEngine:
 
     async def _beat(self) -> None:
         if self._prepared:
-            says = {
-                "bundles": {name: digest for digest, name in self._digests.items()},
-                "device": self._loaded.device,
-                "engine": self._loaded.engine,
-            }
+            bundles = {name: digest for digest, name in self._digests.items()}
+            says = Announcement(bundles=bundles, device=self._loaded.device, engine=self._loaded.engine)
             self._prepared = await self._store.beat_worker(self.name, says, self._digests)
             await self._store.touch(list(self._held.values()), self.name)
             self._last_beat = time.monotonic()

@@ -15,9 +15,6 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from pydantic import ValidationError
 
 from models.manifest import Manifest
 from service.dispatch import Dispatcher, Places, deliver, new_items
@@ -25,7 +22,7 @@ from service.errors import Draining, NotReady, Overloaded
 from service.metrics import Metrics
 from service.queue import Completed, Item, Outcome
 from service.repository import Catalog
-from service.store import UNREACHABLE, Store
+from service.store import UNREACHABLE, Announcement, Store
 from service.wire import Malformed, Reply, pack_work, unpack_reply
 from service.work import Key, Pixels
 
@@ -235,7 +232,9 @@ class RemoteQueue(Dispatcher):
     def _note_added(self, request: Sequence[Sent], length: int, entries: Sequence[str] | None) -> None:
         if entries is None:
             for sent in request:
-                self._answer(sent, Overloaded(f"{length} of {self._max_queue_size} places are taken"))
+                self._answer(
+                    sent, Overloaded(f"{length} of {self._max_queue_size} places are taken", limit=self._max_queue_size)
+                )
             return
         self._elsewhere = length
         for sent, entry in zip(request, entries, strict=True):
@@ -288,9 +287,9 @@ class RemoteQueue(Dispatcher):
             self._unsent.append([sent])
         self._wake.set()
 
-    async def _meet(self, roster: Mapping[str, Mapping[str, Any]]) -> None:
+    async def _meet(self, roster: Mapping[str, Announcement]) -> None:
         """Serve what living workers serve. Where two disagree on a bundle, what more of them have is asked for."""
-        served = [(name, digest) for says in roster.values() for name, digest in says["bundles"].items()]
+        served = [(name, digest) for says in roster.values() for name, digest in says.bundles.items()]
         names = sorted({name for name, _ in served})
         digests = {
             name: max(sorted({d for n, d in served if n == name}), key=lambda d: served.count((name, d)))
@@ -300,7 +299,7 @@ class RemoteQueue(Dispatcher):
             await self._describe(digests, roster)
         self._note_problem(None if self._digests else "no worker is there")
 
-    async def _describe(self, digests: Mapping[str, str], roster: Mapping[str, Mapping[str, Any]]) -> None:
+    async def _describe(self, digests: Mapping[str, str], roster: Mapping[str, Announcement]) -> None:
         bundles = dict[str, RemoteBundle]()
         for name, digest in digests.items():
             known = self._bundles.get(digest) or await self._fetch(digest)
@@ -308,18 +307,18 @@ class RemoteQueue(Dispatcher):
                 self._bundles[digest] = bundles[name] = known
         self._metrics.model_info.clear()
         for name, bundle in bundles.items():
-            for device in {str(says["device"]) for says in roster.values() if name in says["bundles"]}:
+            for device in {says.device for says in roster.values() if name in says.bundles}:
                 self._metrics.model_info.labels(name, bundle.digest, device).set(1)
         self._digests = {name: bundle.digest for name, bundle in bundles.items()}
         self._learn(Catalog(bundles))
         logger.info("served by %d workers: %s", len(roster), ", ".join(bundles) or "nothing")
 
     async def _fetch(self, digest: str) -> RemoteBundle | None:
-        described = await self._store.bundle(digest)
-        if described is None:
-            return None
         try:
+            described = await self._store.bundle(digest)
+            if described is None:
+                return None
             return RemoteBundle(Manifest.model_validate(described["manifest"]), digest, described["report"])
-        except (KeyError, TypeError, ValidationError):
+        except (KeyError, TypeError, ValueError):  # pydantic's and JSON's are ValueErrors
             logger.error("what Redis says of a bundle cannot be read: %.12s is left out", digest)
             return None

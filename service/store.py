@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
+from pydantic import BaseModel, ConfigDict, ValidationError
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -72,6 +74,17 @@ if redis.call('EXISTS', KEYS[3]) == 1 then
 end
 return 1
 """
+
+
+class Announcement(BaseModel):
+    """What a worker says of itself."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    bundles: dict[str, str]
+    """Digests by `name@version`."""
+    device: str
+    engine: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,15 +174,20 @@ class Store:
         """It ends: nobody need answer it."""
         await self._redis.delete(GATEWAY + gateway, ANSWERS + gateway)
 
-    async def roster(self) -> dict[str, dict[str, Any]]:
-        """What each living worker says of itself, by its name."""
+    async def roster(self) -> dict[str, Announcement]:
+        """What each living worker says of itself, by its name; what cannot be read is left out."""
         names = sorted(name.decode() for name in await cast(Any, self._redis.smembers(WORKERS)))
         if not names:
             return {}
         found = await self._redis.mget([WORKER + name for name in names])
-        alive = {name: json.loads(text) for name, text in zip(names, found, strict=True) if text is not None}
-        if dead := [name for name in names if name not in alive]:
+        said = dict(zip(names, found, strict=True))
+        if dead := [name for name, text in said.items() if text is None]:
             await cast(Any, self._redis.srem(WORKERS, *dead))
+        alive = dict[str, Announcement]()
+        for name, text in said.items():
+            with suppress(ValidationError):
+                if text is not None:
+                    alive[name] = Announcement.model_validate_json(text)
         return alive
 
     async def bundle(self, digest: str) -> Mapping[str, Any] | None:
@@ -196,11 +214,11 @@ class Store:
                 if not str(error).startswith("BUSYGROUP"):
                     raise
 
-    async def beat_worker(self, worker: str, says: Mapping[str, object], digests: Iterable[str]) -> bool:
+    async def beat_worker(self, worker: str, says: Announcement, digests: Iterable[str]) -> bool:
         """This worker lives; False if Redis has lost what `prepare` left there."""
         pipeline = self._redis.pipeline(transaction=False)
         pipeline.sadd(WORKERS, worker)
-        pipeline.set(WORKER + worker, json.dumps(says), px=WORKER_LIFE_MS)
+        pipeline.set(WORKER + worker, says.model_dump_json(), px=WORKER_LIFE_MS)
         for digest in digests:
             pipeline.expire(WORK + digest, KEPT_S)
             pipeline.expire(BUNDLE + digest, KEPT_S)
@@ -242,11 +260,15 @@ class Store:
                     return Taken(digest, entry, fields, deliveries + 1)
         return None
 
-    async def finish(self, taken: Taken, gateway: str, fields: Mapping[bytes, bytes]) -> bool:
-        """Answer an entry; False if somebody else has, or nobody waits for it any more."""
-        keys = [WORK + taken.digest, ANSWERS + gateway, GATEWAY + gateway]
-        values = [part for pair in fields.items() for part in pair]
-        return bool(await self._finish(keys=keys, args=[GROUP, taken.entry, MAX_ANSWERS, KEPT_S, *values]))
+    async def finish(self, answers: Iterable[tuple[Taken, str, Mapping[bytes, bytes]]]) -> None:
+        """Answer entries, each to its gateway; those that somebody else has answered, or nobody waits for, are left."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for taken, gateway, fields in answers:
+            keys = [WORK + taken.digest, ANSWERS + gateway, GATEWAY + gateway]
+            values = [part for pair in fields.items() for part in pair]
+            arguments: list[bytes | str | int] = [GROUP, taken.entry, MAX_ANSWERS, KEPT_S, *values]
+            await self._finish(keys=keys, args=arguments, client=pipeline)
+        await pipeline.execute()
 
     async def discard(self, taken: Taken) -> None:
         """Take an entry out without an answer."""

@@ -13,7 +13,7 @@ import httpx
 import psutil
 import pytest
 
-from service.store import ANSWERS
+from service.store import ANSWERS, WORKER, WORKERS
 from tests.service import own_redis
 from tests.service.conftest import Server, until
 from tests.service.fakes import green, marked, png
@@ -139,3 +139,13 @@ def _status(port: int) -> int:
         return httpx.get(f"http://127.0.0.1:{port}/readyz").status_code
     except httpx.TransportError:
         return 0
+
+
+@pytest.mark.parametrize("forged", ["[", "{}", '{"bundles": {"colors@1": 3}, "device": "cpu", "engine": "x"}'])
+def test_row_72_a_forged_worker_is_left_out(forged: str, shared: tuple[Farm, Server]) -> None:
+    farm, server = shared
+    farm.redis.client().set(WORKER + "forged", forged, px=2000)
+    farm.redis.client().sadd(WORKERS, "forged")
+    time.sleep(1.2)  # two looks
+    assert server.client.get("/readyz").status_code == 200
+    assert classify(server).status_code == 200
