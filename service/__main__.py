@@ -22,7 +22,7 @@ from service.cache import MAX_CACHE_BYTES
 from service.gateway import Gateway
 from service.images import BYTES_PER_DECODED_PIXEL, BYTES_PER_PURIFIED_SAMPLE
 from service.keys import read_keys
-from service.loading import Loaded, check_device, check_repository, load_engine
+from service.loading import ENGINE_DIED, MISCONFIGURED, Loaded, check_device, check_repository, load_engine
 from service.logs import configure_logging
 from service.middleware import MAX_ACTIVE_REQUESTS
 from service.settings import PREFIX, Settings, SettingsError, load_settings
@@ -30,11 +30,8 @@ from service.uploads import batch_body_bytes
 
 logger = logging.getLogger("service")
 
-MISCONFIGURED = 2
 EXAMPLE = "examples/cat.jpg"
 """A photograph that is there for whoever starts the service in a clone."""
-ENGINE_DIED = 70
-"""EX_SOFTWARE of BSD's sysexits."""
 ENGINE_WATCH_S = 1.0
 """Between two looks at the engine: probes have the time to see that it has ended."""
 SOCKET_BUFFER_BYTES = 64 * 1024

@@ -10,6 +10,11 @@ from service.batching import RunBatch
 from service.repository import Catalog, load_repository, warm_bundles
 from service.settings import PREFIX, Settings, SettingsError
 
+MISCONFIGURED = 2
+"""What a process exits with if a setting stops its start."""
+ENGINE_DIED = 70
+"""And if its engine ends by itself: EX_SOFTWARE of BSD's sysexits."""
+
 
 @dataclass(frozen=True, slots=True)
 class Loaded:

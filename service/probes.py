@@ -15,7 +15,7 @@ probes = APIRouter(responses={"default": problem_response("A problem")}, tags=["
 @probes.head("/livez", include_in_schema=False)
 @probes.api_route("/ping", methods=["GET", "HEAD"], include_in_schema=False)
 async def livez(request: Request) -> Response:
-    return _health("live", gateway_of(request).why_not_live())
+    return health("live", gateway_of(request).why_not_live())
 
 
 @probes.get("/readyz", summary="Requests would be answered now")
@@ -23,10 +23,11 @@ async def livez(request: Request) -> Response:
 @probes.api_route("/healthz", methods=["GET", "HEAD"], include_in_schema=False)
 @probes.api_route("/health", methods=["GET", "HEAD"], include_in_schema=False)
 async def readyz(request: Request) -> Response:
-    return _health("ready", gateway_of(request).why_not_ready())
+    return health("ready", gateway_of(request).why_not_ready())
 
 
-def _health(good: str, reason: str | None) -> Response:
+def health(good: str, reason: str | None) -> Response:
+    """What a probe answers: 200, or 503 with the reason."""
     answer = HealthResponse(status=good if reason is None else f"not {good}", reason=reason)
     status = 200 if reason is None else 503
     return Response(answer.model_dump_json(exclude_none=True), status, media_type="application/json")

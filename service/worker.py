@@ -15,20 +15,18 @@ import uvicorn
 from prometheus_client import disable_created_metrics
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
-from service.loading import Loaded, check_device, check_repository, load_engine
+from service.loading import ENGINE_DIED, MISCONFIGURED, Loaded, check_device, check_repository, load_engine
 from service.logs import configure_logging
 from service.metrics import Metrics
+from service.probes import health
 from service.remote_engine import RemoteEngine
 from service.settings import Settings, SettingsError, load_settings
 from service.store import Store
 
 logger = logging.getLogger("service.worker")
-
-MISCONFIGURED = 2
-ENGINE_DIED = 70
 
 
 async def work(settings: Settings, load: Callable[[Settings], Loaded] = load_engine) -> int:
@@ -64,10 +62,6 @@ def _probes(
     """/livez, /readyz and /metrics on their own port, where one is set."""
     if settings.worker_port is None:
         return None
-
-    def health(good: str, reason: str | None) -> Response:
-        status = {"status": good if reason is None else f"not {good}", **({"reason": reason} if reason else {})}
-        return JSONResponse(status, 200 if reason is None else 503)
 
     async def livez(_: Request) -> Response:
         here = engine()
