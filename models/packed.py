@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,8 @@ from models.gradients import is_transformed
 
 MAX_PACKED_BATCH = 2
 """Beyond it packing saves nothing that could be measured."""
+MAX_PACKED_SHAPES = 4
+"""Of the images of one convolution; each keeps a copy of the weights."""
 
 N = TypeVar("N", bound=nn.Module)
 LinearMap = Callable[[Tensor], Tensor]
@@ -93,14 +96,23 @@ class _Apply(torch.autograd.Function):
 
 
 def _packed_map(weight: Tensor, padding: list[int]) -> LinearMap:
+    """The convolution with `weight`, which is packed anew for every shape of images.
+
+    oneDNN chooses the layout by the shape. Where it is handed another one, it changes it on every call, and may have no
+    fast way to do so: on AVX2 this took a hundred times as long as the convolution.
+    """
     one = [1, 1]
     plain = weight.contiguous(memory_format=torch.channels_last).to_mkldnn()
-    packed = torch._C._nn.mkldnn_reorder_conv2d_weight(plain, padding, one, one, 1)
+
+    @lru_cache(MAX_PACKED_SHAPES)
+    def packed(shape: torch.Size) -> Tensor:
+        pack: Callable[..., Tensor] = torch._C._nn.mkldnn_reorder_conv2d_weight  # its stub lacks the last argument
+        return pack(plain, padding, one, one, 1, list(shape))
 
     def convolve(images: Tensor) -> Tensor:
         images = images.contiguous(memory_format=torch.channels_last)
         result: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            images, packed, None, padding, one, one, 1, "none", [], ""
+            images, packed(images.shape), None, padding, one, one, 1, "none", [], ""
         )
         return result
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -64,6 +65,23 @@ def test_changed_weights_are_packed_again() -> None:
     conv.weight.mul_(2)
     torch.testing.assert_close(packed(images()), conv(images()))
     assert packed.weight is conv.weight
+
+
+def test_weights_are_packed_once_for_each_shape_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    pack, shapes = torch._C._nn.mkldnn_reorder_conv2d_weight, list[list[int]]()
+
+    def noted(*arguments: Any) -> Tensor:
+        *_, shape = arguments
+        shapes.append(shape)
+        result: Tensor = pack(*arguments)
+        return result
+
+    monkeypatch.setattr(torch._C._nn, "mkldnn_reorder_conv2d_weight", noted)
+    conv, packed = frozen_pair(kernel_size=3, padding=1)
+    small, large = images(1), torch.rand(2, 3, 16, 16)
+    for points in (small, large, small, large):
+        torch.testing.assert_close(packed(points), conv(points))
+    assert shapes == [[1, 3, 9, 11], [2, 3, 16, 16]]
 
 
 @pytest.mark.parametrize("what", ["batch", "training", "autocast", "float64"])
