@@ -69,8 +69,18 @@ def classify(image: bytes, defense: str) -> bytes:
 
 
 async def read_status(reader: asyncio.StreamReader) -> int:
-    """The status of one answer, read to its end by its Content-Length."""
+    """The status of one answer, read to its end."""
+    head, _ = await read_answer(reader)
+    return status_of(head)
+
+
+async def read_answer(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
+    """Head and body of one answer, by its Content-Length."""
     head = await reader.readuntil(b"\r\n\r\n")
     start = head.lower().index(b"content-length:") + 15
-    await reader.readexactly(int(head[start : head.index(b"\r\n", start)]))
+    return head, await reader.readexactly(int(head[start : head.index(b"\r\n", start)]))
+
+
+def status_of(head: bytes) -> int:
+    """The status that an answer begins with."""
     return int(head.split(b" ", 2)[1])

@@ -1,7 +1,9 @@
-"""Ten times what the service can do, for a minute: requests come on the clock, whatever became of the earlier ones.
+"""Half of what the service can do, most of it, all of it, more, and ten times as much.
 
-What is wanted: the excess is refused at once (429), what is accepted is answered within its deadline, the engine
-goes on at its capacity, and a few seconds later nothing is left of it all.
+Requests come on the clock, whatever became of the earlier ones, and each is timed from the moment when it was due: no
+slow answer hides behind a client that waits for it. What is wanted at every rate: the engine goes on at its capacity,
+the excess is refused at once (429 with `Retry-After`), what is accepted is answered within its deadline, and a few
+seconds later nothing is left of it all.
 """
 
 from __future__ import annotations
@@ -12,16 +14,17 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 
-from benchmarks.client import BUNDLE, classify, photo, read_status, service
+from benchmarks.client import BUNDLE, classify, photo, read_answer, read_status, service, status_of
 from models import load_bundle
 from service.settings import Settings
 
 DEFENSE = "aid"
 CLIENTS = 64
 CAPACITY_S = 15.0
-OVERLOAD_S = 60.0
-TIMES = 10
-WANTED = {"goodput_to_capacity": 0.9, "p99_to_deadline": 1.0, "recovery_s": 5.0}
+RATES_S = {0.5: 20.0, 0.8: 20.0, 1.0: 30.0, 1.5: 30.0, 10.0: 60.0}
+"""Seconds at each rate, a multiple of the capacity."""
+REFUSED = 429
+WANTED = {"goodput": 0.9, "p99_to_deadline": 1.0, "recovery_s": 5.0, "failed": 0}
 
 
 @dataclass
@@ -29,6 +32,8 @@ class Outcomes:
     """Statuses and the seconds that good answers took; 0 stands for a connection that broke."""
 
     statuses: Counter[int] = field(default_factory=Counter)
+    unexplained: int = 0
+    """Refusals without `Retry-After`."""
     good_s: list[float] = field(default_factory=list)
     good_at: list[float] = field(default_factory=list)
 
@@ -42,27 +47,37 @@ def run() -> dict[str, object]:
 
 async def _measure(port: int, request: bytes) -> dict[str, object]:
     capacity = await _closed_loop(port, request, CAPACITY_S)
+    print(f"{DEFENSE}, open loop, capacity {capacity:.0f} requests/s:")
+    rates = {f"{times:g}": await _at(port, request, times, capacity, seconds) for times, seconds in RATES_S.items()}
+    return {"defense": DEFENSE, "capacity_per_s": capacity, "rates": rates, "wanted": WANTED}
+
+
+async def _at(port: int, request: bytes, times: float, capacity: float, seconds: float) -> dict[str, object]:
+    """The figures of one rate. `goodput` is good answers a second, of what could be answered at that rate."""
     outcomes, started = Outcomes(), time.perf_counter()
-    await _open_loop(port, request, TIMES * capacity, OVERLOAD_S, outcomes)
+    await _open_loop(port, request, times * capacity, seconds, outcomes)
     await _until_as_usual(port, request, 2 * CLIENTS / capacity)
-    recovery_s = time.perf_counter() - started - OVERLOAD_S
+    recovery_s = max(0.0, time.perf_counter() - started - seconds)
     deadline_s = Settings.model_fields["request_timeout_ms"].default / 1000
-    meanwhile = sum(at <= started + OVERLOAD_S for at in outcomes.good_at)
-    p99_s = statistics.quantiles(outcomes.good_s, n=100)[98]
-    figures: dict[str, object] = {
-        "capacity_per_s": capacity,
-        "offered_per_s": sum(outcomes.statuses.values()) / OVERLOAD_S,
-        "statuses": dict(sorted(outcomes.statuses.items())),
-        "goodput_to_capacity": meanwhile / OVERLOAD_S / capacity,
+    meanwhile = sum(at <= started + seconds for at in outcomes.good_at)
+    p50_s, p99_s = (statistics.quantiles(outcomes.good_s, n=100)[percent - 1] for percent in (50, 99))
+    good_per_s = (len(outcomes.good_at) if times < 1 else meanwhile) / seconds
+    goodput = good_per_s / (capacity * min(1.0, times))
+    statuses = dict(sorted(outcomes.statuses.items()))
+    print(f"  {times:>4g} x: {statuses}, goodput {goodput:.2f}, p50 {p50_s:.2f} s, p99 {p99_s:.2f} s", end="")
+    print(f" of {deadline_s:g} s, as usual after {recovery_s:.1f} s")
+    return {
+        "seconds": seconds,
+        "offered_per_s": sum(statuses.values()) / seconds,
+        "statuses": statuses,
+        "failed": sum(count for status, count in statuses.items() if status not in (200, REFUSED)),
+        "refused_without_retry_after": outcomes.unexplained,
+        "goodput": goodput,
+        "p50_s": p50_s,
         "p99_s": p99_s,
         "p99_to_deadline": p99_s / deadline_s,
         "recovery_s": recovery_s,
-        "wanted": WANTED,
     }
-    print(f"{DEFENSE}, open loop at {figures['offered_per_s']:.0f} requests/s, capacity {capacity:.0f}:")
-    print(f"  statuses {figures['statuses']}, goodput {figures['goodput_to_capacity']:.2f} of capacity,")
-    print(f"  p99 of the accepted {p99_s:.1f} s of {deadline_s:g} s, recovered after {recovery_s:.1f} s")
-    return figures
 
 
 async def _closed_loop(port: int, request: bytes, seconds: float) -> float:
@@ -87,29 +102,31 @@ async def _open_loop(port: int, request: bytes, rate: float, seconds: float, out
     started = time.perf_counter()
     async with asyncio.TaskGroup() as clients:
         for number in range(round(rate * seconds)):
-            await asyncio.sleep(max(0.0, started + number / rate - time.perf_counter()))
-            clients.create_task(_ask(port, request, outcomes))
+            due = started + number / rate
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            clients.create_task(_ask(port, request, outcomes, due))
 
 
-async def _ask(port: int, request: bytes, outcomes: Outcomes) -> None:
-    began = time.perf_counter()
+async def _ask(port: int, request: bytes, outcomes: Outcomes, due: float) -> None:
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(request)
-        status = await read_status(reader)
+        head, _ = await read_answer(reader)
         writer.close()
+        status = status_of(head)
     except (OSError, asyncio.IncompleteReadError):
-        status = 0
+        status, head = 0, b""
     outcomes.statuses[status] += 1
+    outcomes.unexplained += status == REFUSED and b"retry-after:" not in head.lower()
     if status == 200:
         outcomes.good_at.append(time.perf_counter())
-        outcomes.good_s.append(outcomes.good_at[-1] - began)
+        outcomes.good_s.append(outcomes.good_at[-1] - due)
 
 
 async def _until_as_usual(port: int, request: bytes, usual_s: float) -> None:
     """Ask until an answer takes no longer than `usual_s`."""
     while True:
         outcomes = Outcomes()
-        await _ask(port, request, outcomes)
+        await _ask(port, request, outcomes, time.perf_counter())
         if outcomes.good_s and outcomes.good_s[0] <= usual_s:
             return

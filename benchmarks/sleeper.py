@@ -1,5 +1,7 @@
 """An engine that sleeps instead of computing, in a gateway of its own or in a worker: what is left is the way to it.
 
+Its answer is the class that the image's first sample names, so that whoever asks can tell whose answer it is.
+
 `python -m benchmarks.sleeper service` and `python -m benchmarks.sleeper worker` read the service's settings, and
 SLEEP_S, from the environment.
 """
@@ -38,11 +40,11 @@ class Described:
 def sleeper(seconds: float) -> Loaded:
     """A bundle every batch of which takes `seconds`."""
     manifest = Manifest.model_validate_json((BUNDLE / "bundle.json").read_text())
-    probabilities = np.full(len(manifest.classes), 1 / len(manifest.classes), np.float32)
+    classes = np.eye(len(manifest.classes), dtype=np.float32)
 
     def run(key: Key, images: Sequence[Pixels], seeds: Sequence[int]) -> Ran:
         time.sleep(seconds)
-        return Ran([Classified(probabilities)] * len(images))
+        return Ran([Classified(classes[int(image[0, 0, 0]) % len(classes)]) for image in images])
 
     bundle = Described(manifest, report={})
     return Loaded(Catalog({f"{manifest.name}@{manifest.version}": bundle}), run, "sleeper", "cpu", lambda: 0.0)  # type: ignore[dict-item]

@@ -8,18 +8,14 @@ a gateway that has no engine.
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import psutil
 
 from benchmarks.client import classify, photo, port_of, read_status
+from benchmarks.farm import own_redis, sleeping
 
 WORKERS = (1, 2, 4, 8)
 BATCH = 8
@@ -57,14 +53,14 @@ def run() -> dict[str, object]:
 
 def _rates() -> tuple[dict[int, float], float]:
     rates = dict[int, float]()
-    with _redis() as url, ExitStack() as stack:
+    with own_redis() as url, ExitStack() as stack:
         settings = {"QUEUE": "redis", "REDIS_URL": url, "MAX_BATCH_SIZE": str(BATCH)}
         workers = 0
-        process = stack.enter_context(_sleeper("service", SLEEP_S, settings))
+        process = stack.enter_context(sleeping("service", SLEEP_S, settings))
         port: int | None = None
         for count in WORKERS:
             for _ in range(count - workers):
-                stack.enter_context(_sleeper("worker", SLEEP_S, settings))
+                stack.enter_context(sleeping("worker", SLEEP_S, settings))
             workers = count
             port = port or port_of(process)
             time.sleep(2)  # until the new ones take their share
@@ -73,11 +69,11 @@ def _rates() -> tuple[dict[int, float], float]:
 
 
 def _median_ms(queue: str) -> float:
-    with _redis() as url, ExitStack() as stack:
+    with own_redis() as url, ExitStack() as stack:
         settings = {"QUEUE": queue, "REDIS_URL": url}
-        process = stack.enter_context(_sleeper("service", 0.0, settings))
+        process = stack.enter_context(sleeping("service", 0.0, settings))
         if queue == "redis":
-            stack.enter_context(_sleeper("worker", 0.0, settings))
+            stack.enter_context(sleeping("worker", 0.0, settings))
         return asyncio.run(_alone(port_of(process)))
 
 
@@ -111,33 +107,3 @@ async def _alone(port: int) -> float:
         times.append(1000 * (time.perf_counter() - started))
     writer.close()
     return statistics.median(times[REQUESTS // 10 :])
-
-
-@contextmanager
-def _sleeper(role: str, seconds: float, settings: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("CLARIFIER_")}
-    environment |= {f"CLARIFIER_{name}": value for name, value in settings.items()}
-    environment |= {"CLARIFIER_PORT": "0", "SLEEP_S": str(seconds), "PYTHONUNBUFFERED": "1"}
-    line = [sys.executable, "-m", "benchmarks.sleeper", role]
-    with subprocess.Popen(
-        line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-@contextmanager
-def _redis() -> Iterator[str]:
-    """The URL of a Redis of one's own. Raises FileNotFoundError where there is none to start."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    line = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-    with subprocess.Popen(line, stdout=subprocess.DEVNULL) as process:
-        try:
-            yield f"redis://127.0.0.1:{port}/0"
-        finally:
-            process.terminate()

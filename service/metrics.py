@@ -38,6 +38,9 @@ class Metrics:
         self.rejected = self._counter(
             "rejected", "Requests, and images of batches, refused or given up; by problem code.", ("reason",)
         )
+        self.accepted = self._counter("accepted", "Images that were let into the queue.", ())
+        self.answered = self._counter("answered", "Images of these that were answered, well or not.", ())
+        self.cancelled = self._counter("cancelled", "Images of these whose client left.", ())
         self.cache_requests = self._counter(
             "cache_requests", "Images, by what the answer cache had for them.", ("result",)
         )

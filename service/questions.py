@@ -311,14 +311,20 @@ async def _run(
     items = question.batcher.admit(question.places, question.key, images, seeds, question.deadline)
     if not items:  # what is cached needs its place no more
         return []
+    metrics = question.gateway.metrics
+    metrics.accepted.inc(len(items))
+    ended = metrics.answered
     watch = asyncio.ensure_future(_withdraw_when_gone(request, question.batcher, items))
     try:
         outcomes = await question.batcher.wait(items)
+        for outcome in outcomes:
+            if isinstance(outcome, ClientLeft):
+                ended = metrics.cancelled
+                raise outcome
     finally:
+        ended.inc(len(items))
         watch.cancel()
     for outcome in outcomes:
-        if isinstance(outcome, ClientLeft):
-            raise outcome
         if isinstance(outcome, Completed):
             _time(question.record, outcome)
     return outcomes

@@ -23,7 +23,7 @@ CONTRACT = {
     "rejected_total", "aid_score", "suspicious_total", "flips_total", "predictions_total",
     "engine_errors_total", "device_memory_bytes", "model_info", "mislabeled_total",
     "redis_up", "redis_errors_total",
-    "cache_requests_total",
+    "cache_requests_total", "accepted_total", "answered_total", "cancelled_total",
 }  # fmt: skip
 
 

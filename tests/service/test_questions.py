@@ -144,6 +144,7 @@ def test_row_11_a_client_that_leaves_while_queued_costs_nothing(start: Callable[
     assert server.bundle.batches == [1, 1]
     labels = {"route": "/classify", "model": "colors@1", "defense": "none", "status": "499"}
     assert server.metric("clarifier_requests_total", **labels) == 1
+    assert _what_became(server) == {"accepted": 3, "answered": 2, "cancelled": 1}
 
 
 def test_row_12_clients_that_leave_at_random_harm_nobody(start: Callable[..., Running]) -> None:
@@ -159,7 +160,14 @@ def test_row_12_clients_that_leave_at_random_harm_nobody(start: Callable[..., Ru
         statuses = list(clients.map(ask, range(90)))
     assert statuses == [0 if number % 3 == 0 else 200 for number in range(90)]
     until(lambda: server.metric("clarifier_queue_depth") == 0)
+    became = _what_became(server)
+    assert became["answered"] >= 60
+    assert became["accepted"] == became["answered"] + became["cancelled"]
     assert server.still_answers()
+
+
+def _what_became(server: Running) -> dict[str, float]:
+    return {name: server.metric(f"clarifier_{name}_total") for name in ("accepted", "answered", "cancelled")}
 
 
 def test_votes_count_only_where_something_is_drawn(
