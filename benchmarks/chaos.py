@@ -17,7 +17,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from urllib.request import urlopen
@@ -69,7 +69,7 @@ def run() -> dict[str, object]:
         gateway = start_sleeping("service", SLEEP_S, settings)
         stack.callback(end, gateway)
         workers = [start_sleeping("worker", SLEEP_S, settings) for _ in range(WORKERS)]
-        stack.callback(lambda: [end(worker) for worker in workers])
+        stack.callback(_end_all, workers)
         port = port_of(gateway)
         asyncio.run(_ask_all(port, Tally(), REQUESTS // 10))  # buffers, pools and tables grow to their size
         before = _counts(port)
@@ -100,6 +100,11 @@ def run() -> dict[str, object]:
     print(f"  {dict(tally.ends)}, refused and asked again {dict(tally.refusals)}")
     print(f"  {counts}, queue depth {after['queue_depth']:.0f}, the gateway grew by {grown_mb:.1f} MB")
     return figures
+
+
+def _end_all(processes: Iterable[subprocess.Popen[str]]) -> None:
+    for process in processes:
+        end(process)
 
 
 async def _wreak(

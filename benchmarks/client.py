@@ -21,6 +21,13 @@ BUNDLE = Path("models/bundles/cifar10/1")
 @contextmanager
 def service() -> Iterator[int]:
     """`python -m service` with its defaults, ready, on a free port; that port."""
+    with serving() as (port, _):
+        yield port
+
+
+@contextmanager
+def serving() -> Iterator[tuple[int, subprocess.Popen[str]]]:
+    """The same, with its process."""
     # A port of 0 is answered by the line that says where the documentation is.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("CLARIFIER_")}
     environment |= {
@@ -35,7 +42,7 @@ def service() -> Iterator[int]:
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
         try:
-            yield port_of(process)
+            yield port_of(process), process
         finally:
             process.terminate()
             process.wait(60)
