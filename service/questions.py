@@ -119,7 +119,7 @@ def ask_with(request: Request, operation: Operation, parameters: Given) -> Itera
     with gateway.let_in() as batcher, batcher.places() as places, gateway.uploads.account() as account:
         wanted = parameters.model
         name, bundle = gateway.catalog.find(gateway.settings.default_model if wanted is None else wanted)
-        key = _key(operation, name, gateway.catalog, parameters)
+        key = key_for(operation, name, gateway.catalog, parameters)
         record.model, record.digest = name, bundle.digest
         record.defense = key.defense if isinstance(parameters, DefenseParameters) else ""
         check_rights(request, key, gateway.catalog)
@@ -130,7 +130,7 @@ def refine(
     asked: Question[ModelParameters], parameters: ClassifyParameters, deadline: float, *, purified: bool, floats: bool
 ) -> Question[ClassifyParameters]:
     """The whole question, where the body said more of it than the query. Raises InvalidParameter."""
-    key = _key(asked.key.operation, asked.key.model, asked.gateway.catalog, parameters)
+    key = key_for(asked.key.operation, asked.key.model, asked.gateway.catalog, parameters)
     key = replace(key, purified=purified, floats=floats)
     asked.record.defense = key.defense
     return Question(
@@ -138,7 +138,8 @@ def refine(
     )
 
 
-def _key(operation: Operation, name: str, catalog: Catalog, parameters: ModelParameters) -> Key:
+def key_for(operation: Operation, name: str, catalog: Catalog, parameters: ModelParameters) -> Key:
+    """What images of such a request must agree on. Raises InvalidParameter if the bundle cannot do it."""
     if not isinstance(parameters, DefenseParameters):
         return Key(operation, name)
     try:

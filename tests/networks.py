@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from models.aid import Aid, AidDiscriminator, tap_channels
+from models.atop import build_inpainter
 from models.bundle import Bundle
-from models.classifiers import Classifier
+from models.classifiers import Classifier, build_classifier
 from models.manifest import (
     AidPreset,
     AidSpec,
@@ -26,6 +27,8 @@ from models.manifest import (
 from models.unet import UNet
 
 SIZE = 16
+REAL_SIZE = 32
+"""Of the bundle that can be saved and loaded."""
 
 
 def tiny_classifier(num_classes: int = 4, seed: int = 0) -> Classifier:
@@ -111,3 +114,43 @@ def tiny_bundle() -> Bundle:
     """A bundle of tiny networks with every defense; its architecture has no name, so it cannot be loaded again."""
     classifier = tiny_classifier()
     return Bundle(tiny_manifest(), classifier, inpainter=tiny_unet(), discriminator=tiny_aid(classifier).discriminator)
+
+
+def real_manifest() -> Manifest:
+    """Like the tiny one, with an architecture that has a name."""
+    manifest = tiny_manifest()
+    specs = manifest.defenses
+    assert specs.atop is not None
+    assert specs.aid is not None
+    assert specs.zeropur is not None
+    presets = {"rt2": AtopPreset(transform="rt2", working_size=REAL_SIZE, sigma=0.1)}
+    layers = ("stage2", "stage3")
+    defenses = specs.model_copy(
+        update={
+            "atop": specs.atop.model_copy(update={"presets": presets}),
+            "aid": specs.aid.model_copy(update={"taps": ("stem", "stage2")}),
+            "zeropur": specs.zeropur.model_copy(update={"presets": {"code": zeropur_preset(fine_layers=layers)}}),
+        }
+    )
+    changes = {
+        "input_size": (REAL_SIZE, REAL_SIZE),
+        "classifier": ClassifierSpec(architecture="wrn-16-2"),
+        "defenses": defenses,
+    }
+    return manifest.model_copy(update=changes)
+
+
+def real_bundle() -> Bundle:
+    """Untrained, and sound: it can be saved and loaded."""
+    torch.manual_seed(0)
+    manifest = real_manifest()
+    classifier = build_classifier("wrn-16-2", num_classes=4, input_size=REAL_SIZE, mean=(0.5, 0.4, 0.3)).eval()
+    assert manifest.defenses.atop is not None
+    assert manifest.defenses.aid is not None
+    channels = tap_channels(classifier, manifest.defenses.aid.taps, (REAL_SIZE, REAL_SIZE))
+    return Bundle(
+        manifest,
+        classifier,
+        inpainter=build_inpainter(manifest.defenses.atop.inpainter),
+        discriminator=AidDiscriminator(manifest.defenses.aid, channels),
+    )

@@ -13,48 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from models import Bundle, BundleError, UnknownDefense, load_bundle, save_bundle, write_report
-from models.aid import AidDiscriminator, tap_channels
-from models.atop import build_inpainter
 from models.classifiers import AdoptedClassifier, build_classifier
-from models.manifest import AtopPreset, ClassifierSpec, Defenses, Manifest
-from tests.networks import tiny_bundle, tiny_manifest, zeropur_preset
-
-SIZE = 32
-
-
-def real_manifest() -> Manifest:
-    """Like the tiny one, with an architecture that has a name."""
-    manifest = tiny_manifest()
-    specs = manifest.defenses
-    assert specs.atop is not None
-    assert specs.aid is not None
-    assert specs.zeropur is not None
-    presets = {"rt2": AtopPreset(transform="rt2", working_size=SIZE, sigma=0.1)}
-    layers = ("stage2", "stage3")
-    defenses = specs.model_copy(
-        update={
-            "atop": specs.atop.model_copy(update={"presets": presets}),
-            "aid": specs.aid.model_copy(update={"taps": ("stem", "stage2")}),
-            "zeropur": specs.zeropur.model_copy(update={"presets": {"code": zeropur_preset(fine_layers=layers)}}),
-        }
-    )
-    changes = {"input_size": (SIZE, SIZE), "classifier": ClassifierSpec(architecture="wrn-16-2"), "defenses": defenses}
-    return manifest.model_copy(update=changes)
-
-
-def real_bundle() -> Bundle:
-    torch.manual_seed(0)
-    manifest = real_manifest()
-    classifier = build_classifier("wrn-16-2", num_classes=4, input_size=SIZE, mean=(0.5, 0.4, 0.3)).eval()
-    assert manifest.defenses.atop is not None
-    assert manifest.defenses.aid is not None
-    channels = tap_channels(classifier, manifest.defenses.aid.taps, (SIZE, SIZE))
-    return Bundle(
-        manifest,
-        classifier,
-        inpainter=build_inpainter(manifest.defenses.atop.inpainter),
-        discriminator=AidDiscriminator(manifest.defenses.aid, channels),
-    )
+from models.manifest import ClassifierSpec, Defenses
+from tests.networks import REAL_SIZE as SIZE
+from tests.networks import real_bundle, real_manifest, tiny_bundle
 
 
 @pytest.fixture
