@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 from PIL import Image
@@ -56,6 +57,15 @@ def port_of(process: subprocess.Popen[str]) -> int:
         if found:
             return int(found[1])
     raise RuntimeError("the service did not start")
+
+
+def resident_mb(port: int) -> float:
+    """What the process that answers on `port` says of its resident memory."""
+    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        page = answer.read().decode()
+    found = re.search(r"^process_resident_memory_bytes (\S+)$", page, re.MULTILINE)
+    assert found is not None
+    return float(found[1]) / 1e6
 
 
 def photo(input_size: tuple[int, int]) -> bytes:

@@ -21,7 +21,7 @@ from urllib.request import urlopen
 
 import torch
 
-from benchmarks.client import BUNDLE, classify, photo, read_status, service
+from benchmarks.client import BUNDLE, classify, photo, read_status, resident_mb, service
 from models import Bundle, load_bundle
 from service.allocator import keep_freed_memory
 from service.settings import Settings
@@ -32,6 +32,7 @@ ROUND_S = 5.0
 WARM_S = 1.5
 SINGLE_REQUESTS = {"none": 200, "atop": 60, "zeropur": 12}
 WANTED_RATIO = 0.9
+WANTED_RESIDENT_MB = 1200
 
 
 def run() -> dict[str, object]:
@@ -43,6 +44,7 @@ def run() -> dict[str, object]:
             {"offline": _apart("offline"), "offline_kept": _apart("offline_kept"), "clarifier": _served(port, image)}
             for _ in range(ROUNDS)
         ]
+        resident = resident_mb(port)
     rates = {side: statistics.median(each[side] for each in rounds) for side in rounds[0]}
     ratios = {side: [each["clarifier"] / each[side] for each in rounds] for side in ("offline", "offline_kept")}
     ratio, ratio_kept = (statistics.median(found) for found in ratios.values())
@@ -51,12 +53,15 @@ def run() -> dict[str, object]:
     print(f"atop, {CLIENTS} clients: {rates['clarifier']:.1f} requests/s")
     print(f"  offline {rates['offline']:.1f} images/s: ratio {_spread(ratios['offline'])}")
     print(f"  offline, freed memory kept {rates['offline_kept']:.1f} images/s: ratio {_spread(ratios['offline_kept'])}")
+    print(f"the service with the shipped bundles, after all this: {resident:.0f} MB resident")
     return {
         "latency_p50_ms": latency,
         "throughput": rates,
         "ratio": ratio,
         "ratio_to_offline_kept": ratio_kept,
         "wanted_ratio": WANTED_RATIO,
+        "resident_mb": resident,
+        "wanted_resident_mb": WANTED_RESIDENT_MB,
         "rounds": rounds,
         "clients": CLIENTS,
         "batch_size": Settings.model_fields["max_batch_size"].default,
