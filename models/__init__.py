@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 from models.manifest import Manifest, UnknownDefense
 
 if TYPE_CHECKING:
-    from models.bundle import Bundle, BundleError, load_bundle, save_bundle, write_report
+    from models.bundle import Bundle, BundleError, check_bundle, load_bundle, save_bundle, write_report
     from models.defense import DefendedClassifier
 
 _NEED_TORCH = {
     "Bundle": "models.bundle",
     "BundleError": "models.bundle",
+    "check_bundle": "models.bundle",
     "load_bundle": "models.bundle",
     "save_bundle": "models.bundle",
     "write_report": "models.bundle",
@@ -30,6 +31,7 @@ __all__ = [
     "DefendedClassifier",
     "Manifest",
     "UnknownDefense",
+    "check_bundle",
     "load_bundle",
     "save_bundle",
     "write_report",

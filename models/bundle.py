@@ -203,6 +203,17 @@ def load_bundle(directory: str | Path, device: str | torch.device = "cpu") -> Bu
     )
 
 
+def check_bundle(directory: str | Path) -> str:
+    """The digest of a bundle whose files are as `bundle.json` states; raises BundleError as `load_bundle` does.
+
+    Nothing is loaded: whoever has loaded a bundle of this digest has what is there.
+    """
+    directory = Path(directory)
+    manifest_bytes = _read_json_bytes(directory, MANIFEST)
+    _check_files(directory, _validated(manifest_bytes))
+    return hashlib.sha256(manifest_bytes).hexdigest()
+
+
 def read_manifest(directory: str | Path) -> Manifest:
     """What a bundle says of itself, without its weights; raises BundleError as `load_bundle` does."""
     return _validated(_read_json_bytes(Path(directory), MANIFEST))

@@ -22,9 +22,19 @@ from service.cache import MAX_CACHE_BYTES
 from service.gateway import Gateway
 from service.images import BYTES_PER_DECODED_PIXEL, BYTES_PER_PURIFIED_SAMPLE
 from service.keys import read_keys
-from service.loading import ENGINE_DIED, MISCONFIGURED, Loaded, check_device, check_repository, load_engine
+from service.loading import (
+    ENGINE_DIED,
+    MISCONFIGURED,
+    Loaded,
+    check_device,
+    check_repository,
+    leave_if_loading,
+    leave_now,
+    load_engine,
+)
 from service.logs import configure_logging
 from service.middleware import MAX_ACTIVE_REQUESTS
+from service.reloading import on_hangup
 from service.settings import PREFIX, Settings, SettingsError, load_settings
 from service.uploads import batch_body_bytes
 
@@ -57,6 +67,7 @@ class Server(uvicorn.Server):
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        on_hangup(self._gateway.reload)
         beside = [
             asyncio.create_task(_announce_when_ready(self._gateway, self.config.port)),
             asyncio.create_task(self._end_with_the_engine()),
@@ -181,17 +192,9 @@ def serve(settings: Settings, listener: socket.socket, load: Callable[[Settings]
     server.run([listener])
     if server.engine_died:
         sys.exit(ENGINE_DIED)
-    loading = gateway.batcher is None and not gateway.failure
-    if loading or (gateway.batcher is not None and gateway.batcher.alive):
-        _leave_now()
-
-
-def _leave_now() -> None:
-    """End with 0 although a thread loads or runs a batch: the interpreter would wait for it, or crash under it."""
-    logger.warning("the drain time is over and the engine still works: that is given up")
-    logging.shutdown()
-    sys.stdout.flush()
-    os._exit(0)
+    leave_if_loading(0)
+    if gateway.batcher is not None and gateway.batcher.alive:
+        leave_now(0)
 
 
 def main() -> None:

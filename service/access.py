@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from ipaddress import AddressValueError, IPv6Address
+from pathlib import Path
 
 from fastapi import Depends, Request, params
 from fastapi.security import APIKeyHeader, HTTPBearer
@@ -14,7 +16,9 @@ from service.errors import Forbidden, TooManyImages, Unauthorized
 from service.keys import ApiKey, Right, digest_of, read_keys
 from service.rates import Limiter, MemoryWindows, RateLimits, read_rate_limits
 from service.record import record_of
-from service.settings import Settings
+from service.settings import Settings, SettingsError
+
+logger = logging.getLogger(__name__)
 
 MAX_KEY_BYTES = 256
 """Of a key that is looked at; those that we make have 53."""
@@ -35,6 +39,15 @@ class Access:
         self._keys = keys
         self._limits = limits
         self._limiter = limiter
+
+    def read_again(self, path: Path) -> None:
+        """From now on the keys are those in the file at `path`; if that cannot be used they stay as they are."""
+        try:
+            self._keys = read_keys(path)
+        except SettingsError as error:
+            logger.error("%s: the keys are what they were", error)
+        else:
+            logger.info("%d keys", len(self._keys))
 
     async def admit(self, scope: Scope) -> None:
         """Note whose request this is, and count it. Raises Unauthorized, RateLimited."""

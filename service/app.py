@@ -8,6 +8,7 @@ import os
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
@@ -23,6 +24,7 @@ from service.metrics import Metrics
 from service.middleware import DirectMiddleware, RequestMiddleware
 from service.oip import oip, oip_server
 from service.probes import probes
+from service.reloading import load_noted, reload_when_asked
 from service.repository import Catalog
 from service.routes import catalog, direct, router
 from service.settings import Settings
@@ -132,14 +134,9 @@ def _meet_workers(gateway: Gateway) -> None:
 
 
 async def _start_engine(gateway: Gateway, load: Callable[[Settings], Loaded]) -> None:
+    """Load, serve what was loaded, and load again whenever that is asked for."""
     settings = gateway.settings
-    # In a thread that ends: OpenMP counts the threads that each caller of torch has left waiting, and once there are
-    # more than processors it puts workers to sleep between operations, which nearly doubles a request's time.
-    loader = ThreadPoolExecutor(1, "loader")
-    try:
-        loaded = await asyncio.get_running_loop().run_in_executor(loader, load, settings)
-    finally:
-        loader.shutdown(wait=False)
+    loaded = await load_noted(partial(load, settings), gateway.metrics)
     batcher = Batcher(
         loaded.run_batch,
         engine_name=loaded.engine,
@@ -149,9 +146,22 @@ async def _start_engine(gateway: Gateway, load: Callable[[Settings], Loaded]) ->
         metrics=gateway.metrics,
     )
     gateway.metrics.watch(lambda: batcher.depth, loaded.memory_bytes)
-    for name, bundle in loaded.catalog.bundles.items():
-        gateway.metrics.model_info.labels(name, bundle.digest, loaded.device).set(1)
     batcher.start()
-    gateway.catalog, gateway.batcher = loaded.catalog, batcher
+    gateway.batcher = batcher
+    _serve(gateway, loaded)
     if (reason := gateway.why_not_ready()) is not None:
         logger.error("not ready: %s", reason)
+
+    async def swap(new: Loaded) -> None:
+        _serve(gateway, new)
+        await gateway.those_inside_leave()
+
+    reloading = reload_when_asked(gateway.reload_asked, loaded, swap, gateway.metrics, settings.default_model)
+    del loaded  # or what was served first would be kept
+    await reloading
+
+
+def _serve(gateway: Gateway, loaded: Loaded) -> None:
+    """Requests that come from now on are for these bundles."""
+    gateway.catalog = loaded.catalog
+    gateway.metrics.note_bundles(loaded.catalog.digests, loaded.device)

@@ -28,6 +28,9 @@ class LoadedBundle(Protocol):
     @property
     def manifest(self) -> Manifest: ...
 
+    @property
+    def digest(self) -> str: ...
+
     def probabilities(
         self, defense: str, images: Tensor, votes: int = 1, seed: int | Sequence[int] | None = None
     ) -> Tensor:
@@ -49,12 +52,22 @@ class LoadedBundle(Protocol):
         """The chain that ran for each image."""
 
 
+NOTHING: Mapping[str, LoadedBundle] = {}
+
+
 class Engine:
     """Runs batches on `device`. `bundles` maps `name@version` to a bundle that is there already."""
 
     def __init__(self, bundles: Mapping[str, LoadedBundle], device: torch.device) -> None:
-        self._bundles = dict(bundles)
         self.device = device
+        self.hold(bundles)
+
+    def hold(self, bundles: Mapping[str, LoadedBundle], before: Mapping[str, LoadedBundle] = NOTHING) -> None:
+        """From the next batch on run `bundles`, and no others but those `before` them that a key's digest tells apart.
+
+        Any thread may call it.
+        """
+        self._generations = (dict(bundles), dict(before))
 
     def run(self, key: Key, images: Sequence[Pixels | Floats], seeds: Sequence[int]) -> Ran:
         """An outcome per image, in order; NotFinite in the place of one that holds a NaN or an infinity.
@@ -70,7 +83,7 @@ class Engine:
 
     def warm(self, batch_sizes: Sequence[int]) -> None:
         """Run every preset on one image, default ones at every batch size, so that no client pays for first times."""
-        for name, bundle in self._bundles.items():
+        for name, bundle in self._generations[0].items():
             started = time.monotonic()
             for key, sizes in _first_times(name, bundle.manifest, batch_sizes):
                 for size in sizes:
@@ -81,6 +94,18 @@ class Engine:
         """Allocated on an accelerator; 0 on a CPU."""
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
 
+    def give_back(self) -> None:
+        """Hand freed memory of an accelerator back to it."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _find(self, key: Key) -> LoadedBundle:
+        for bundles in self._generations:
+            bundle = bundles.get(key.model)
+            if bundle is not None and key.digest in ("", bundle.digest):
+                return bundle
+        raise LookupError(f"{key.model} ({key.digest:.12}) is not loaded")
+
     def _on_device(self, images: Sequence[Pixels | Floats]) -> Tensor:
         """(H, W, 3) each, all uint8 or all float32 in [0, 1], to float32 (N, 3, H, W) in [0, 1]."""
         stacked = torch.from_numpy(np.stack(images)).to(self.device)
@@ -88,7 +113,7 @@ class Engine:
         return floats if stacked.is_floating_point() else floats / 255
 
     def _run(self, key: Key, images: Tensor, seeds: Sequence[int]) -> Ran:
-        bundle = self._bundles[key.model]
+        bundle = self._find(key)
         started = time.monotonic()
         purified: Tensor | None = None
         ran: Sequence[str] | None = None

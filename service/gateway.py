@@ -44,6 +44,8 @@ class Gateway:
     """Set by the first SIGTERM: not ready any more, though work is accepted until the drain delay is over."""
     failure: str = ""
     """Why loading ended without an engine."""
+    reload_asked: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    """Set to have the model repository looked at again."""
     _drain_ends: float | None = field(default=None, init=False)
     """A reading of the monotonic clock; None while new requests are let in."""
     _abandoned: bool = field(default=False, init=False)
@@ -77,6 +79,19 @@ class Gateway:
             raise NotReady(self.why_not_ready() or "")
         self.batcher.check_open()
         return self.batcher
+
+    def reload(self) -> None:
+        """Read again what is on disk: keys at once, bundles as soon as none are being loaded."""
+        if self.draining:
+            return
+        if self.access is not None and self.settings.api_keys_file is not None:
+            self.access.read_again(self.settings.api_keys_file)
+        self.reload_asked.set()
+
+    async def those_inside_leave(self) -> None:
+        """Until everybody who is let in now is answered."""
+        if self._in_flight:
+            await asyncio.wait(set(self._in_flight))
 
     def begin_drain(self) -> None:
         """Refuse new requests from now on; the engine ends when those that were let in are answered."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TypeVar
 
@@ -54,6 +54,9 @@ class Metrics:
         self.redis_up = self._gauge("redis_up", "1 while Redis answers.")
         self.redis_errors = self._counter("redis_errors", "What failed with Redis, and was tried again.", ("op",))
         self.model_info = self._gauge("model_info", "1 for each loaded bundle.", ("model", "digest", "device"))
+        self.bundle_load = self._gauge("bundle_load_seconds", "That the last load of the repository took.")
+        self.bundle_success = self._gauge("bundle_last_load_success", "0 if that left out a bundle, or failed.")
+        self.bundle_success.set(1)
 
     def _counter(self, name: str, text: str, labels: tuple[str, ...]) -> Counter:
         return Counter(PREFIX + name, text, labels, registry=self.registry)
@@ -74,6 +77,12 @@ class Metrics:
         """Read these two whenever the page is asked for."""
         self.queue_depth.set_function(queue_depth)
         self.device_memory.set_function(device_memory)
+
+    def note_bundles(self, digests: Mapping[str, str], device: str) -> None:
+        """These are served from now on, by `name@version`, and no others."""
+        self.model_info.clear()
+        for name, digest in digests.items():
+            self.model_info.labels(name, digest, device).set(1)
 
     def count_request(self, record: Record) -> None:
         """A request has been answered, or its client has left."""

@@ -120,7 +120,7 @@ async def infer(request: Request, name: str) -> Response:
     with ask_with(request, Operation.CLASSIFY, ModelParameters.model_construct(model=_wanted(request))) as asked:
         inference, images = await _read(asked, request)
         question = _question(asked, inference, images)
-        check_rights(request, question.key, question.gateway.catalog)
+        check_rights(request, question.key, question.catalog)
         if question.gateway.access is not None:
             await question.gateway.access.count_images(request.scope, len(images))
         question.batcher.reserve(question.places, len(images))

@@ -63,6 +63,8 @@ class Question(Generic[P]):
     account: Account
     record: Record
     parameters: P
+    catalog: Catalog
+    """Of when it was let in: what a reload puts in its place is for others."""
     bundle: DescribedBundle
     key: Key
     deadline: float
@@ -81,7 +83,7 @@ class Question(Generic[P]):
     @property
     def draws(self) -> bool:
         """Whether the answer depends on a seed."""
-        parameters, chain = self.parameters, self.gateway.catalog.chain
+        parameters, chain = self.parameters, self.catalog.chain
         return isinstance(parameters, DefenseParameters) and chain(self.key.model, parameters.defense).is_random
 
     @property
@@ -117,45 +119,55 @@ def ask_with(request: Request, operation: Operation, parameters: Given) -> Itera
     record = record_of(request.scope)
     deadline = record.started + read_timeout_s(request, gateway.settings.request_timeout_ms / 1000)
     with gateway.let_in() as batcher, batcher.places() as places, gateway.uploads.account() as account:
-        wanted = parameters.model
-        name, bundle = gateway.catalog.find(gateway.settings.default_model if wanted is None else wanted)
-        key = key_for(operation, name, gateway.catalog, parameters)
+        wanted, catalog = parameters.model, gateway.catalog
+        name, bundle = catalog.find(gateway.settings.default_model if wanted is None else wanted)
+        key = key_for(operation, name, catalog, parameters)
         record.model, record.digest = name, bundle.digest
         record.defense = key.defense if isinstance(parameters, DefenseParameters) else ""
-        check_rights(request, key, gateway.catalog)
-        yield Question(gateway, batcher, places, account, record, parameters, bundle, key, deadline)
+        check_rights(request, key, catalog)
+        yield Question(gateway, batcher, places, account, record, parameters, catalog, bundle, key, deadline)
 
 
 def refine(
     asked: Question[ModelParameters], parameters: ClassifyParameters, deadline: float, *, purified: bool, floats: bool
 ) -> Question[ClassifyParameters]:
     """The whole question, where the body said more of it than the query. Raises InvalidParameter."""
-    key = key_for(asked.key.operation, asked.key.model, asked.gateway.catalog, parameters)
+    key = key_for(asked.key.operation, asked.key.model, asked.catalog, parameters)
     key = replace(key, purified=purified, floats=floats)
     asked.record.defense = key.defense
     return Question(
-        asked.gateway, asked.batcher, asked.places, asked.account, asked.record, parameters, asked.bundle, key, deadline
+        asked.gateway,
+        asked.batcher,
+        asked.places,
+        asked.account,
+        asked.record,
+        parameters,
+        asked.catalog,
+        asked.bundle,
+        key,
+        deadline,
     )
 
 
 def key_for(operation: Operation, name: str, catalog: Catalog, parameters: ModelParameters) -> Key:
     """What images of such a request must agree on. Raises InvalidParameter if the bundle cannot do it."""
+    bundle = catalog.bundles[name]
     if not isinstance(parameters, DefenseParameters):
-        return Key(operation, name)
+        return Key(operation, name, digest=bundle.digest)
     try:
         chain = catalog.chain(name, parameters.defense)
     except UnknownDefense as error:
         raise invalid(("query", "defense", str(error))) from None
     if not isinstance(parameters, ClassifyParameters):
-        return Key(operation, name, chain.defense)
-    classes = catalog.bundles[name].manifest.classes
+        return Key(operation, name, chain.defense, digest=bundle.digest)
+    classes = bundle.manifest.classes
     if parameters.top_k is not None and parameters.top_k > len(classes):
         raise invalid(("query", "top_k", f"the model has {len(classes)} classes"))
     votes = parameters.votes if chain.is_random else 1
     if votes > MAX_SLOW_VOTES and not SLOW_DEFENSES.isdisjoint(chain.steps):
         slow = " or ".join(sorted(SLOW_DEFENSES))
         raise invalid(("query", "votes", f"is at most {MAX_SLOW_VOTES} for a random chain with {slow}"))
-    return Key(operation, name, chain.defense, votes, parameters.explain)
+    return Key(operation, name, chain.defense, votes, parameters.explain, digest=bundle.digest)
 
 
 def check_rights(request: Request, key: Key, catalog: Catalog) -> None:

@@ -14,6 +14,7 @@ import secrets
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 from models.manifest import UnknownDefense
 from service.batching import Batcher
@@ -21,6 +22,7 @@ from service.errors import ClarifierError, ClientLeft, Draining, InferenceFailed
 from service.loading import Loaded
 from service.metrics import Metrics
 from service.queue import Item, Outcome
+from service.repository import Catalog, DescribedBundle, name_of
 from service.settings import Settings
 from service.store import UNREACHABLE, Announcement, Store, Taken
 from service.wire import Malformed, Work, pack_reply, unpack_work
@@ -33,6 +35,8 @@ TAKE_WAIT_MS = 500
 """For something to come, before the worker looks whether it shall end."""
 IDLE_MS = 3000
 """An entry that was not touched for so long belongs to nobody."""
+LEARN_S = 3.0
+"""After a reload, for gateways to learn what is served now."""
 MAX_DELIVERIES = 3
 """So many workers may die over an entry."""
 RETRY_S = 0.2
@@ -50,7 +54,8 @@ class RemoteEngine:
         self._loaded = loaded
         self._store = store
         self._metrics = metrics
-        self._digests = {bundle.digest: name for name, bundle in loaded.catalog.bundles.items()}
+        self._bundles = _by_digest(loaded.catalog)
+        """What it takes images for: what it serves, and for a while what it has served."""
         self._batcher = Batcher(
             loaded.run_batch,
             engine_name=loaded.engine,
@@ -67,17 +72,18 @@ class RemoteEngine:
         self._last_beat = -float("inf")
         self._next_claim = 0.0
         self._prepared = False
+        self._turning = asyncio.Lock()
+        """Held while it takes and runs."""
 
     async def run(self) -> None:
         """Until `draining` is set, or the engine ends by itself."""
         self._batcher.start()
         self._metrics.watch(lambda: self._batcher.depth, self._loaded.memory_bytes)
-        for digest, name in self._digests.items():
-            self._metrics.model_info.labels(name, digest, self._loaded.device).set(1)
+        self._metrics.note_bundles(self._loaded.catalog.digests, self._loaded.device)
         beside = [asyncio.create_task(self._forever("beat", self._beat)), asyncio.create_task(self._listen())]
         try:
             while not self.draining and self._batcher.alive:
-                await self._try("take", self._turn)
+                await self._try("take", self._undisturbed_turn)
         finally:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.gather(*self._answering), self._settings.drain_timeout_s)
@@ -87,6 +93,20 @@ class RemoteEngine:
             await asyncio.gather(*beside, return_exceptions=True)
             await self._try("end", lambda: self._store.forget_worker(self.name))
             await self._store.close()
+
+    async def swap(self, loaded: Loaded) -> None:
+        """Serve `loaded`; back when nobody can ask any more for what was served before.
+
+        Until gateways know, and those that they have let in are answered, it takes images for both.
+        """
+        new = _by_digest(loaded.catalog)
+        async with self._turning:  # the next turn prepares
+            self._loaded, self._bundles, self._prepared = loaded, self._bundles | new, False
+        self._metrics.note_bundles(loaded.catalog.digests, loaded.device)
+        await asyncio.sleep(LEARN_S + self._settings.request_timeout_ms / 1000)
+        async with self._turning:
+            self._bundles = new
+        logger.info("has let go of what it served before")
 
     @property
     def died(self) -> bool:
@@ -108,6 +128,10 @@ class RemoteEngine:
 
     # --- taking and answering
 
+    async def _undisturbed_turn(self) -> None:
+        async with self._turning:
+            await self._turn()
+
     async def _turn(self) -> None:
         """Take what waits, or one entry whose worker has died, and run it."""
         if not self._prepared:
@@ -119,7 +143,7 @@ class RemoteEngine:
     async def _claimed(self) -> list[Taken]:
         if time.monotonic() < self._next_claim:
             return []
-        claimed = await self._store.claim(self._digests, self.name, IDLE_MS)
+        claimed = await self._store.claim(self._bundles, self.name, IDLE_MS)
         if claimed is None:
             self._next_claim = time.monotonic() + BEAT_S
             return []
@@ -132,12 +156,12 @@ class RemoteEngine:
     async def _taken(self) -> list[Taken]:
         """At most a batch, and what comes until the first of it has waited long enough."""
         size, delay_ms = self._settings.max_batch_size, self._settings.max_queue_delay_ms
-        taken = await self._store.take(self._digests, self.name, size, TAKE_WAIT_MS)
+        taken = await self._store.take(self._bundles, self.name, size, TAKE_WAIT_MS)
         self._hold(taken)
         ends = time.monotonic() + delay_ms / 1000
         while taken and len(taken) < size and (left_ms := int(1000 * (ends - time.monotonic()))) > 0:
             try:
-                more = await self._store.take(self._digests, self.name, size - len(taken), left_ms)
+                more = await self._store.take(self._bundles, self.name, size - len(taken), left_ms)
             except UNREACHABLE as error:  # what is here runs without them
                 self._note_error("take", error)
                 break
@@ -168,16 +192,16 @@ class RemoteEngine:
         """The image, if a bundle of this worker can run it; None for an entry that no gateway has written."""
         try:
             work = unpack_work(taken.fields)
-            bundle = self._loaded.catalog.bundles[work.key.model]
+            bundle = self._bundles[taken.digest]
             height, width = bundle.manifest.input_size
-            if bundle.digest != taken.digest or work.image.shape != (height, width, 3):
+            if work.key.model != name_of(bundle) or work.image.shape != (height, width, 3):
                 raise Malformed("it is for another bundle")
             if bundle.manifest.resolve(work.key.defense) != work.key.defense:
                 raise Malformed("its defense is not written as gateways do")
         except (KeyError, Malformed, UnknownDefense):
             logger.error("an entry in Redis cannot be read: it is left out")
             return None
-        return work
+        return replace(work, key=replace(work.key, digest=taken.digest))
 
     async def _run_group(self, group: Sequence[tuple[Taken, Work]]) -> None:
         entries = [taken.entry for taken, _ in group]
@@ -243,21 +267,21 @@ class RemoteEngine:
     # --- beside it
 
     async def _prepare(self) -> None:
-        bundles = self._loaded.catalog.bundles.values()
         await self._store.prepare(
             {
-                bundle.digest: {"manifest": bundle.manifest.model_dump(mode="json"), "report": dict(bundle.report)}
-                for bundle in bundles
+                digest: {"manifest": bundle.manifest.model_dump(mode="json"), "report": dict(bundle.report)}
+                for digest, bundle in self._bundles.items()
             }
         )
         self._prepared = True
-        logger.info("takes images for %s", ", ".join(self._digests.values()))
+        logger.info("takes images for %s", ", ".join(map(name_of, self._bundles.values())))
 
     async def _beat(self) -> None:
         if self._prepared:
-            bundles = {name: digest for digest, name in self._digests.items()}
-            says = Announcement(bundles=bundles, device=self._loaded.device, engine=self._loaded.engine)
-            self._prepared = await self._store.beat_worker(self.name, says, self._digests)
+            loaded = self._loaded
+            says = Announcement(bundles=loaded.catalog.digests, device=loaded.device, engine=loaded.engine)
+            if not await self._store.beat_worker(self.name, says, self._bundles):
+                self._prepared = False
             await self._store.touch(list(self._held.values()), self.name)
             self._last_beat = time.monotonic()
             self._metrics.redis_up.set(1)
@@ -296,3 +320,7 @@ class RemoteEngine:
         self._metrics.redis_up.set(0)
         self._prepared = self._prepared and not str(error).startswith("NOGROUP")
         logger.error("Redis (%s): %s", op, type(error).__name__)
+
+
+def _by_digest(catalog: Catalog) -> dict[str, DescribedBundle]:
+    return {bundle.digest: bundle for bundle in catalog.bundles.values()}

@@ -97,8 +97,8 @@ class RemoteQueue(Dispatcher):
         self, places: Places, key: Key, images: Sequence[Pixels], seeds: Sequence[int], deadline: float
     ) -> list[Item]:
         self._check_running()
-        digest = self._digests.get(key.model)
-        if digest is None:
+        digest = key.digest  # which a worker still takes for a while, even if it serves another one by now
+        if digest not in self._bundles:
             raise NotReady(f"no worker serves {key.model}")
         items = new_items(key, images, seeds, deadline)
         assert len(items) <= places.count

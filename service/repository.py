@@ -78,6 +78,11 @@ class Catalog:
         newest = max(versions, key=_name_and_version)
         return newest, self.bundles[newest]
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """By `name@version`."""
+        return {name: bundle.digest for name, bundle in self.bundles.items()}
+
     def describe(self, name: str) -> list[ModelInfo]:
         """The versions of a model, oldest first; one if `name` names a version. Raises UnknownModel."""
         self.find(name)
@@ -90,6 +95,11 @@ class Catalog:
     def _all(self) -> Iterator[tuple[str, ModelInfo]]:
         for key in sorted(self.bundles, key=_name_and_version):
             yield key, _info(self.bundles[key])
+
+
+def name_of(bundle: DescribedBundle) -> str:
+    """`name@version`."""
+    return f"{bundle.manifest.name}@{bundle.manifest.version}"
 
 
 def _name_and_version(key: str) -> tuple[str, int]:
@@ -117,7 +127,7 @@ def load_repository(
             refused.append(Refusal(bundle=place, reason=_first_line(error)))
             continue
         bundles[f"{path.parent.name}@{path.name}"] = bundle
-        logger.info("bundle %s (%.12s) loaded in %.1f s", place, bundle.digest, time.monotonic() - started)
+        logger.info("bundle %s (%.12s) is in memory after %.1f s", place, bundle.digest, time.monotonic() - started)
     return bundles, refused
 
 
@@ -134,6 +144,35 @@ def warm_bundles(bundles: Mapping[str, B], warm: Callable[[str, B], None]) -> tu
             continue
         sound[name] = bundle
     return sound, refused
+
+
+def renew_repository(
+    directory: Path,
+    load: Callable[[Path], B],
+    check: Callable[[Path], str],
+    warm: Callable[[str, B], None],
+    max_image_pixels: int,
+    before: Mapping[str, B],
+) -> tuple[dict[str, B], list[Refusal]]:
+    """The bundles to serve, all warm, and a refusal for each that is not sound; `before` are those served until now.
+
+    One whose digest, as `check` gives it, is the same is taken as it is; so is one that can no longer be loaded or
+    warmed. One whose directory is gone is left out.
+    """
+
+    def load_what_is_new(path: Path) -> B:
+        known = before.get(f"{path.parent.name}@{path.name}")
+        return known if known is not None and check(path) == known.digest else load(path)
+
+    there, refused = load_repository(directory, load_what_is_new, max_image_pixels)
+    old = {name: bundle for name, bundle in there.items() if before.get(name) is bundle}
+    warmed, cold = warm_bundles({name: there[name] for name in there if name not in old}, warm)
+    refused += cold
+    for name in (refusal.bundle.replace("/", "@") for refusal in refused):
+        if name in before:
+            logger.error("bundle %s goes on as it was loaded before", name)
+            old[name] = before[name]
+    return old | warmed, refused
 
 
 def _bundle_directories(directory: Path) -> list[Path]:

@@ -40,6 +40,8 @@ class Key:
     """Whether a classification hands back the image that it judged; only for one vote."""
     floats: bool = False
     """Whether the images are Floats in [0, 1], not Pixels."""
+    digest: str = field(default="", kw_only=True)
+    """Of that bundle, since a reload may put another one in its place; empty: of whichever is there."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import uvicorn
 from prometheus_client import disable_created_metrics
@@ -18,10 +19,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from service.loading import ENGINE_DIED, MISCONFIGURED, Loaded, check_device, check_repository, load_engine
+from service.loading import (
+    ENGINE_DIED,
+    MISCONFIGURED,
+    Loaded,
+    check_device,
+    check_repository,
+    leave_if_loading,
+    load_engine,
+)
 from service.logs import configure_logging
 from service.metrics import Metrics
 from service.probes import health
+from service.reloading import load_noted, on_hangup, reload_when_asked
 from service.remote_engine import RemoteEngine
 from service.settings import Settings, SettingsError, load_settings
 from service.store import Store
@@ -44,16 +54,23 @@ async def work(settings: Settings, load: Callable[[Settings], Loaded] = load_eng
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end, number)
+    asked = asyncio.Event()
+    on_hangup(asked.set)
     probes = _probes(settings, metrics, lambda: engine)
-    loaded = await asyncio.to_thread(load, settings)
+    loaded = await load_noted(partial(load, settings), metrics)
     store = Store(settings.redis_url.get_secret_value())
     engine = RemoteEngine(settings, loaded, store, metrics)
+    reloading = reload_when_asked(asked, loaded, engine.swap, metrics, settings.default_model)
+    del loaded  # or what was served first would be kept
+    beside = [asyncio.create_task(reloading), *([] if probes is None else [probes])]
     try:
         await engine.run()
     finally:
-        if probes is not None:
-            probes.cancel()
-    return ENGINE_DIED if engine.died else 0
+        for task in beside:
+            task.cancel()
+    status = ENGINE_DIED if engine.died else 0
+    leave_if_loading(status)
+    return status
 
 
 def _probes(

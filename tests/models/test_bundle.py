@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from models import Bundle, BundleError, UnknownDefense, load_bundle, save_bundle, write_report
+from models import Bundle, BundleError, UnknownDefense, check_bundle, load_bundle, save_bundle, write_report
 from models.classifiers import AdoptedClassifier, build_classifier
 from models.manifest import ClassifierSpec, Defenses
 from tests.networks import REAL_SIZE as SIZE
@@ -270,6 +270,16 @@ def test_a_damaged_bundle_is_refused_by_name(saved: Path, damage: Callable[[Path
 class Boom:
     def __reduce__(self) -> tuple[object, ...]:
         return (os._exit, (66,))
+
+
+def test_a_check_without_loading_gives_the_digest_or_says_which_file_is_not_as_it_was(saved: Path) -> None:
+    assert check_bundle(saved) == load_bundle(saved).digest
+    truncate(saved / "atop.safetensors")
+    with pytest.raises(BundleError, match=r"atop\.safetensors: its sha256"):
+        check_bundle(saved)
+    (saved / "bundle.json").unlink()
+    with pytest.raises(BundleError, match=r"bundle\.json: cannot be read"):
+        check_bundle(saved)
 
 
 def test_a_pickle_in_the_place_of_weights_is_never_opened(saved: Path) -> None:

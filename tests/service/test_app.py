@@ -141,7 +141,7 @@ def test_every_sound_bundle_is_warmed_before_it_is_served(tmp_path: Path, monkey
     warmed = list[tuple[list[str], list[int]]]()
 
     def warm(engine: Engine, sizes: list[int]) -> None:
-        warmed.append((list(engine._bundles), sizes))
+        warmed.append((list(engine._generations[0]), sizes))
 
     monkeypatch.setattr(Engine, "warm", warm)
     repository = Path(__file__).parents[2] / "models" / "bundles"

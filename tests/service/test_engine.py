@@ -207,6 +207,19 @@ def test_after_warming_no_preset_is_recorded_for_a_client(monkeypatch: pytest.Mo
     assert recorded == []
 
 
+def test_of_two_bundles_with_one_name_the_digest_tells_which_runs() -> None:
+    old, new = FakeBundle(), FakeBundle()
+    old.digest, new.digest = "a" * 64, "b" * 64
+    held = engine(old)
+    held.hold({NAME: new}, {NAME: old})
+    for digest in (old.digest, new.digest, ""):
+        held.run(replace(CLASSIFY, digest=digest), [green()], [0])
+    assert (old.batches, new.batches) == ([1], [1, 1])
+    held.hold({NAME: new})
+    with pytest.raises(LookupError):
+        held.run(replace(CLASSIFY, digest=old.digest), [green()], [0])
+
+
 def test_devices_are_chosen_or_refused() -> None:
     assert choose_device("cpu") == torch.device("cpu")
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")

@@ -24,6 +24,7 @@ CONTRACT = {
     "engine_errors_total", "device_memory_bytes", "model_info", "mislabeled_total",
     "redis_up", "redis_errors_total",
     "cache_requests_total", "accepted_total", "answered_total", "cancelled_total",
+    "bundle_load_seconds", "bundle_last_load_success",
 }  # fmt: skip
 
 

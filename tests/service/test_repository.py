@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from service.errors import UnknownModel
-from service.repository import Catalog, load_repository, warm_bundles
+from service.repository import Catalog, load_repository, renew_repository, warm_bundles
 from tests.service.fakes import FakeBundle
 from tests.service.manifests import fake_manifest
 
@@ -90,6 +90,27 @@ def test_descriptions_hold_what_a_client_chooses_by() -> None:
     assert info.aid_threshold == 0.5
     assert info.report == {"undefended": {"standard": {"accuracy": 1.0}}}
     assert len(info.digest) == 64
+
+
+def test_a_renewal_takes_what_is_unchanged_or_spoiled_from_before_and_warms_the_rest(tmp_path: Path) -> None:
+    place(tmp_path, "a/1", "a/2", "a/13", "a/16", "b/1")
+    names = ["a@1", "a@2", "a@13", "a@16", "b@9"]
+    before = {name: FakeBundle(fake_manifest(*name.split("@"))) for name in names}
+    warmed = list[str]()
+
+    def warm(name: str, _: FakeBundle) -> None:
+        warmed.append(name)
+        if name == "a@16":
+            raise RuntimeError("it does not fit")
+
+    def check(path: Path) -> str:
+        return ("d" if path.name == "1" else "c") * 64
+
+    bundles, refused = renew_repository(tmp_path, load, check, warm, 64, before)
+    assert sorted(bundles) == ["a@1", "a@13", "a@16", "a@2", "b@1"]
+    assert [name for name in names if bundles.get(name) is before[name]] == ["a@1", "a@13", "a@16"]
+    assert warmed == ["a@16", "a@2", "b@1"]
+    assert [refusal.bundle for refusal in refused] == ["a/13", "a/16"]
 
 
 def test_a_bundle_that_cannot_run_is_refused_and_the_others_serve() -> None:
