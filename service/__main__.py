@@ -18,7 +18,7 @@ from prometheus_client import disable_created_metrics
 
 from service.allocator import keep_freed_memory
 from service.app import create_app, decoder_threads
-from service.cache import MAX_CACHE_BYTES
+from service.cache import MAX_CACHE_BYTES, MemoryCache
 from service.gateway import Gateway
 from service.images import BYTES_PER_DECODED_PIXEL, BYTES_PER_PURIFIED_SAMPLE
 from service.keys import read_keys
@@ -137,7 +137,7 @@ def worst_case_bytes(gateway: Gateway) -> int:
     decoding = BYTES_PER_DECODED_PIXEL * settings.max_image_pixels + 2 * body  # a part, and a file without metadata
     waiting = samples * (settings.max_queue_size + settings.max_batch_size)
     answering = MAX_ACTIVE_REQUESTS * (SOCKET_BUFFER_BYTES + BYTES_PER_PURIFIED_SAMPLE * samples)  # batches: uploads
-    cached = MAX_CACHE_BYTES if gateway.cache is not None else 0
+    cached = MAX_CACHE_BYTES if isinstance(gateway.cache, MemoryCache) else 0
     return gateway.uploads.limit + body + decoder_threads() * decoding + waiting + answering + cached
 
 

@@ -14,7 +14,7 @@ from starlette.types import Scope
 
 from service.errors import Forbidden, TooManyImages, Unauthorized
 from service.keys import ApiKey, Right, digest_of, read_keys
-from service.rates import Limiter, MemoryWindows, RateLimits, read_rate_limits
+from service.rates import Limiter, RateLimits, Windows, read_rate_limits
 from service.record import record_of
 from service.settings import Settings, SettingsError
 
@@ -82,13 +82,16 @@ class Access:
         await self.admit(request.scope)
 
 
-def create_access(settings: Settings) -> Access | None:
-    """What `settings` ask for; None if everybody may ask as often as they like. Raises SettingsError."""
+def create_access(settings: Settings, windows: Windows) -> Access | None:
+    """What `settings` ask for, with hits in `windows`; None if everybody may ask as often as they like.
+
+    Raises SettingsError.
+    """
     path, rate_limit = settings.api_keys_file, settings.rate_limit
     keys = None if path is None else read_keys(path)
     if keys is None and rate_limit is None:
         return None
-    return Access(keys, () if rate_limit is None else read_rate_limits(rate_limit), Limiter(MemoryWindows()))
+    return Access(keys, () if rate_limit is None else read_rate_limits(rate_limit), Limiter(windows))
 
 
 def key_of(scope: Scope) -> ApiKey | None:

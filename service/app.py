@@ -9,13 +9,14 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
 from service.access import create_access
 from service.batching import Batcher
-from service.cache import MemoryCache
+from service.cache import AnswerCache, MemoryCache
 from service.entropy import Entropy
 from service.errors import install_handlers
 from service.gateway import Gateway
@@ -24,11 +25,15 @@ from service.metrics import Metrics
 from service.middleware import DirectMiddleware, RequestMiddleware
 from service.oip import oip, oip_server
 from service.probes import probes
+from service.rates import MemoryWindows
 from service.reloading import load_noted, reload_when_asked
 from service.repository import Catalog
 from service.routes import catalog, direct, router
 from service.settings import Settings
 from service.uploads import ByteBudget, budget_bytes
+
+if TYPE_CHECKING:
+    from service.shared import Shared
 
 logger = logging.getLogger(__name__)
 
@@ -43,18 +48,20 @@ def create_app(settings: Settings, load: Callable[[Settings], Loaded] = load_eng
     """The application. It answers probes at once, and images as soon as `load` has come back; with `QUEUE=redis` as
     soon as a worker is there, and nothing is loaded. Raises SettingsError.
     """
-    access = create_access(settings)
+    metrics = Metrics()
+    shared = _share(settings, metrics)
+    access = create_access(settings, MemoryWindows() if shared is None else shared.windows)
     guards = [] if access is None else access.guards()
     decoders = ThreadPoolExecutor(decoder_threads(), "decoder")
     budget = ByteBudget(budget_bytes(settings.max_batch_size, settings.max_image_bytes))
-    cache = MemoryCache(settings.cache_ttl_s) if settings.cache_ttl_s else None
-    gateway = Gateway(settings, Metrics(), decoders, budget, Entropy(), cache, access)
+    cache = _create_cache(settings, shared)
+    gateway = Gateway(settings, metrics, decoders, budget, Entropy(), cache, access)
     app = FastAPIOffline(
         title="Clarifier",
         description=f"{DESCRIPTION} {_limits(settings)}",
         redoc_url=None,
         swagger_ui_parameters={"tryItOutEnabled": True},
-        lifespan=_lifespan(gateway, load),
+        lifespan=_lifespan(gateway, load, shared),
         telemetry={"tracing": False, "metrics": False, "logs": False},  # the framework's; ours are apart
     )
     app.state.gateway = gateway
@@ -70,6 +77,22 @@ def create_app(settings: Settings, load: Callable[[Settings], Loaded] = load_eng
     return app
 
 
+def _share(settings: Settings, metrics: Metrics) -> Shared | None:
+    """What is shared with other gateways in Redis; None if nothing is, or there is none."""
+    url = settings.shared_redis_url
+    if url is None or not (settings.cache_ttl_s or settings.rate_limit or settings.api_keys_file):
+        return None
+    from service.shared import Shared
+
+    return Shared(url, metrics, tells=settings.queue == "memory")
+
+
+def _create_cache(settings: Settings, shared: Shared | None) -> AnswerCache | None:
+    if not settings.cache_ttl_s:
+        return None
+    return MemoryCache(settings.cache_ttl_s) if shared is None else shared.cache(settings.cache_ttl_s)
+
+
 def _limits(settings: Settings) -> str:
     return (
         f"Limits here: {settings.max_image_bytes:,} bytes and {settings.max_image_pixels:,} pixels an image, "
@@ -83,12 +106,14 @@ def decoder_threads() -> int:
 
 
 def _lifespan(
-    gateway: Gateway, load: Callable[[Settings], Loaded]
+    gateway: Gateway, load: Callable[[Settings], Loaded], shared: Shared | None
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         loading = asyncio.create_task(_start(gateway, load))
         loading.add_done_callback(lambda task: _note_failure(gateway, task))
+        if shared is not None:
+            shared.start()
         try:
             yield
         finally:
@@ -98,6 +123,8 @@ def _lifespan(
             if gateway.batcher is not None:
                 await gateway.batcher.stop(gateway.drain_left_s())
             gateway.decoders.shutdown(wait=False, cancel_futures=True)
+            if shared is not None:
+                await shared.stop()
 
     return lifespan
 

@@ -52,7 +52,7 @@ class Metrics:
         self.engine_errors = self._counter("engine_errors", "Failed batches and answers.", ("engine", "kind"))
         self.device_memory = self._gauge("device_memory_bytes", "Allocated on the accelerator; 0 on a CPU.")
         self.redis_up = self._gauge("redis_up", "1 while Redis answers.")
-        self.redis_errors = self._counter("redis_errors", "What failed with Redis, and was tried again.", ("op",))
+        self.redis_errors = self._counter("redis_errors", "What failed with Redis.", ("op",))
         self.model_info = self._gauge("model_info", "1 for each loaded bundle.", ("model", "digest", "device"))
         self.bundle_load = self._gauge("bundle_load_seconds", "That the last load of the repository took.")
         self.bundle_success = self._gauge("bundle_last_load_success", "0 if that left out a bundle, or failed.")

@@ -37,7 +37,8 @@ from service.queue import Completed, Item, Outcome
 from service.record import Record, record_of
 from service.repository import Catalog, DescribedBundle
 from service.uploads import Account, read_image, read_images
-from service.work import Key, Operation, Pixels
+from service.wire import fits
+from service.work import Answer, Key, Operation, Pixels
 
 FRESH_SEED_BITS = 53
 """Of seeds that we draw, so that JSON clients that count in doubles can send them back."""
@@ -292,7 +293,7 @@ async def _find_or_run(
         counter.labels("skip").inc(len(images))
         return await _run(question, request, images, seeds)
     keys = await _answer_keys(question, images, seeds)
-    found = await cache.find(keys)
+    found = _fitting(question, await cache.find(keys))
     new = [place for place, known in enumerate(found) if known is None]
     counter.labels("miss").inc(len(new))
     counter.labels("hit").inc(len(found) - len(new))
@@ -302,6 +303,14 @@ async def _find_or_run(
         await cache.keep(answers)
     rest = iter(ran)
     return [next(rest) if known is None else Completed(known, 0.0, 0.0, 0, {}) for known in found]
+
+
+def _fitting(question: Question[ModelParameters], found: list[Answer | None]) -> list[Answer | None]:
+    """What of `found` can be an answer: others may write where gateways share theirs."""
+    sound = [one if one is None or fits(one, question.key, question.manifest) else None for one in found]
+    if misfits := sound.count(None) - found.count(None):
+        question.gateway.metrics.redis_errors.labels("malformed").inc(misfits)
+    return sound
 
 
 async def _answer_keys(

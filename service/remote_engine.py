@@ -74,6 +74,8 @@ class RemoteEngine:
         self._prepared = False
         self._turning = asyncio.Lock()
         """Held while it takes and runs."""
+        self._troubles: dict[str, str] = {}
+        """What Redis refused since the last beat, by operation: said once."""
 
     async def run(self) -> None:
         """Until `draining` is set, or the engine ends by itself."""
@@ -280,11 +282,14 @@ class RemoteEngine:
         if self._prepared:
             loaded = self._loaded
             says = Announcement(bundles=loaded.catalog.digests, device=loaded.device, engine=loaded.engine)
+            await self._store.touch(list(self._held.values()), self.name)  # first: a Redis without memory still does it
             if not await self._store.beat_worker(self.name, says, self._bundles):
                 self._prepared = False
-            await self._store.touch(list(self._held.values()), self.name)
             self._last_beat = time.monotonic()
             self._metrics.redis_up.set(1)
+            if self._troubles:
+                logger.info("Redis takes what it is told")
+            self._troubles.clear()
         await asyncio.sleep(BEAT_S)
 
     async def _listen(self) -> None:
@@ -319,7 +324,10 @@ class RemoteEngine:
         self._metrics.redis_errors.labels(op).inc()
         self._metrics.redis_up.set(0)
         self._prepared = self._prepared and not str(error).startswith("NOGROUP")
-        logger.error("Redis (%s): %s", op, type(error).__name__)
+        kind = type(error).__name__
+        if self._troubles.get(op) != kind:
+            logger.error("Redis (%s): %s", op, kind)
+        self._troubles[op] = kind
 
 
 def _by_digest(catalog: Catalog) -> dict[str, DescribedBundle]:

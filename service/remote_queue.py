@@ -18,12 +18,12 @@ from dataclasses import dataclass
 
 from models.manifest import Manifest
 from service.dispatch import Dispatcher, Places, deliver, new_items
-from service.errors import Draining, NotReady, Overloaded
+from service.errors import Draining, InferenceFailed, NotReady, Overloaded
 from service.metrics import Metrics
 from service.queue import Completed, Item, Outcome
 from service.repository import Catalog
-from service.store import UNREACHABLE, Announcement, Store
-from service.wire import Malformed, Reply, pack_work, unpack_reply
+from service.store import UNREACHABLE, Announcement, Request, Store
+from service.wire import Malformed, Reply, fits, pack_work, unpack_reply
 from service.work import Key, Pixels
 
 logger = logging.getLogger(__name__)
@@ -73,12 +73,19 @@ class RemoteQueue(Dispatcher):
         """By uid: everything that is not answered, sent or not."""
         self._uids: dict[Item, str] = {}
         self._unsent: list[list[Sent]] = []
+        self._tried: list[list[Sent]] = []
+        """Of the current hand-over: added or not, if Redis was asked and has not answered."""
+        self._hand_over_number = 0
         self._unwanted: list[tuple[str, str]] = []
         self._wake = asyncio.Event()
         self._read = START
+        self._missing = set[str]()
+        """By uid: entries that Redis did not know at the last look."""
         self._elsewhere = 0
         """Entries in Redis at the last look, those of all gateways."""
         self._digests: dict[str, str] = {}
+        self._undescribed: Mapping[str, str] = {}
+        """Digests by name: what workers serve, and nobody knows what it is."""
         self._bundles: dict[str, RemoteBundle] = {}
         self._devices: dict[str, str] = {}
         self._run_id: str | None = None
@@ -159,7 +166,7 @@ class RemoteQueue(Dispatcher):
 
     @property
     def depth(self) -> int:
-        return self._elsewhere + sum(map(len, self._unsent))
+        return self._elsewhere + sum(map(len, self._unsent)) + sum(map(len, self._tried))
 
     @property
     def alive(self) -> bool:
@@ -204,27 +211,39 @@ class RemoteQueue(Dispatcher):
         """Add what was admitted, withdraw what nobody waits for. What fails is there for the next turn."""
         await self._wake.wait()
         self._wake.clear()
-        requests = [[sent for sent in request if sent.uid in self._sent] for request in self._unsent]
-        requests, self._unsent = [request for request in requests if request], []
-        unwanted, self._unwanted = self._unwanted, []
+        self._tried += [request for request in self._unsent if self._is_wanted(request)]
+        self._unsent = []
         try:
-            if requests:
-                now = time.monotonic()
-                packed = [
-                    (request[0].digest, [self._pack(sent, 1000 * (sent.item.deadline - now)) for sent in request])
-                    for request in requests
-                ]
-                added = await self._store.add(packed, self._max_queue_size)
-                for request, result in zip(requests, added, strict=True):
-                    self._note_added(request, result.length, result.entries)
-                requests = []
+            if self._tried:
+                await self._add(self._tried)
+            unwanted = self._unwanted[:]
             if unwanted:
                 await self._store.withdraw(unwanted)
-                unwanted = []
+                del self._unwanted[: len(unwanted)]
         finally:
-            self._unsent[:0], self._unwanted[:0] = requests, unwanted
-            if requests or unwanted:
+            if self._tried or self._unwanted:
                 self._wake.set()
+
+    async def _add(self, requests: Sequence[Sequence[Sent]]) -> None:
+        """One hand-over. Until Redis has answered it is asked again for the same one: it may have heard already."""
+        now = time.monotonic()
+        packed = [
+            Request(
+                request[0].uid,
+                request[0].digest,
+                [self._pack(sent, 1000 * (sent.item.deadline - now)) for sent in request],
+                self._is_wanted(request),
+            )
+            for request in requests
+        ]
+        added = await self._store.add(self.name, self._hand_over_number, packed, self._max_queue_size)
+        self._hand_over_number += 1
+        self._tried = []
+        for request, result in zip(requests, added, strict=True):
+            self._note_added(request, result.length, result.entries)
+
+    def _is_wanted(self, request: Sequence[Sent]) -> bool:
+        return any(sent.uid in self._sent for sent in request)
 
     def _pack(self, sent: Sent, left_ms: float) -> dict[bytes, bytes]:
         return pack_work(sent.uid, self.name, sent.item, left_ms)
@@ -257,6 +276,10 @@ class RemoteQueue(Dispatcher):
         if sent is None:  # its client has left, or it was answered before
             return
         outcome = reply.outcome
+        if isinstance(outcome, Completed) and not self._fits(sent, outcome):
+            logger.error("an answer in Redis is none to what was asked")
+            self._metrics.redis_errors.labels("malformed").inc()
+            outcome = InferenceFailed()
         if isinstance(outcome, Completed):
             waited_ms = 1000 * (time.monotonic() - sent.item.enqueued_at) - outcome.inference_ms
             outcome = Completed(
@@ -264,24 +287,40 @@ class RemoteQueue(Dispatcher):
             )
         self._answer(sent, outcome)
 
+    def _fits(self, sent: Sent, completed: Completed) -> bool:
+        bundle = self._bundles.get(sent.digest)
+        return bundle is None or fits(completed.answer, sent.item.key, bundle.manifest)
+
     async def _look(self) -> None:
         """Say that this gateway lives, see who works, and find out what Redis has lost."""
         await self._store.beat_gateway(self.name, self._read)
         run_id = await self._store.run_id()
-        if self._run_id not in (None, run_id):
+        if self._run_id not in (None, run_id) or await self._has_lost_work():
             await self._send_again()
         self._run_id = run_id
         await self._meet(await self._store.roster())
         self._elsewhere = await self._store.lengths(sorted(set(self._digests.values())))
         await asyncio.sleep(BEAT_S)
 
+    async def _has_lost_work(self) -> bool:
+        """Whether Redis does not know a bundle's oldest entry, at this look and at the last: an eviction takes all."""
+        oldest = dict[str, Sent]()
+        for sent in self._sent.values():
+            if sent.entry is not None:
+                oldest.setdefault(sent.digest, sent)
+        lost = await self._store.lost([(sent.digest, sent.entry or "") for sent in oldest.values()])
+        missing = {sent.uid for sent, is_lost in zip(oldest.values(), lost, strict=True) if is_lost}
+        missed_again = missing & self._missing  # those of one look may have been answered a moment before
+        self._missing = missing
+        return bool(missed_again)
+
     async def _send_again(self) -> None:
-        """This Redis has begun anew: what it does not know is sent to it again."""
+        """This Redis has begun anew, or dropped what it had: what it does not know is sent to it again."""
         self._read = START
         waiting = [sent for sent in self._sent.values() if sent.entry is not None]
         lost = await self._store.lost([(sent.digest, sent.entry or "") for sent in waiting])
         again = [sent for sent, is_lost in zip(waiting, lost, strict=True) if is_lost]
-        logger.warning("Redis has begun anew: %d of %d images are sent again", len(again), len(waiting))
+        logger.warning("Redis has lost work: %d of %d images are sent again", len(again), len(waiting))
         for sent in again:
             sent.entry = None
             self._unsent.append([sent])
@@ -305,13 +344,23 @@ class RemoteQueue(Dispatcher):
             known = self._bundles.get(digest) or await self._fetch(digest)
             if known is not None:
                 self._bundles[digest] = bundles[name] = known
+        self._note_undescribed({name: digest for name, digest in digests.items() if name not in bundles})
+        described = {name: bundle.digest for name, bundle in bundles.items()}
+        if described == self._digests:  # what cannot be served now could not be before
+            return
         self._metrics.model_info.clear()
         for name, bundle in bundles.items():
             for device in {says.device for says in roster.values() if name in says.bundles}:
                 self._metrics.model_info.labels(name, bundle.digest, device).set(1)
-        self._digests = {name: bundle.digest for name, bundle in bundles.items()}
+        self._digests = described
         self._learn(Catalog(bundles))
         logger.info("served by %d workers: %s", len(roster), ", ".join(bundles) or "nothing")
+
+    def _note_undescribed(self, undescribed: Mapping[str, str]) -> None:
+        if undescribed != self._undescribed:
+            for name, digest in undescribed.items():
+                logger.error("Redis does not tell what %s is: %.12s is left out", name, digest)
+        self._undescribed = undescribed
 
     async def _fetch(self, digest: str) -> RemoteBundle | None:
         try:
@@ -319,6 +368,5 @@ class RemoteQueue(Dispatcher):
             if described is None:
                 return None
             return RemoteBundle(Manifest.model_validate(described["manifest"]), digest, described["report"])
-        except (KeyError, TypeError, ValueError):  # pydantic's and JSON's are ValueErrors
-            logger.error("what Redis says of a bundle cannot be read: %.12s is left out", digest)
+        except (KeyError, RecursionError, TypeError, ValueError):  # pydantic's and JSON's are ValueErrors
             return None

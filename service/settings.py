@@ -52,7 +52,8 @@ class Settings(BaseSettings):
     queue: Literal["memory", "redis"] = "memory"
     """Where images wait: in this process, with the engine in it; or in Redis, for engines in workers."""
     redis_url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")
-    """Of the Redis that gateways and workers meet in; it may hold a password, and is never logged."""
+    """Of the Redis that gateways and workers meet in; it may hold a password, and is never logged. One that is set is
+    also where gateways share rate limits and cached answers, with QUEUE=memory too."""
     worker_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     """Where a worker answers /livez, /readyz and /metrics; None: nowhere."""
 
@@ -95,7 +96,14 @@ class Settings(BaseSettings):
     def _redis_scheme(cls, url: SecretStr) -> SecretStr:
         if not url.get_secret_value().startswith(REDIS_SCHEMES):
             raise ValueError(f"is none of {', '.join(REDIS_SCHEMES)}")
+        _check_redis_url(url.get_secret_value())
         return url
+
+    @property
+    def shared_redis_url(self) -> str | None:
+        """Where gateways share rate limits and cached answers; None if each has its own."""
+        is_used = self.queue == "redis" or "redis_url" in self.model_fields_set
+        return self.redis_url.get_secret_value() if is_used else None
 
     @model_validator(mode="after")
     def _contradictions(self) -> Self:
@@ -104,6 +112,16 @@ class Settings(BaseSettings):
         if self.max_queue_delay_ms >= self.request_timeout_ms:
             raise ValueError(_contradiction("MAX_QUEUE_DELAY_MS is not below REQUEST_TIMEOUT_MS"))
         return self
+
+
+def _check_redis_url(url: str) -> None:
+    """Raises ValueError, and what it says is nothing of the URL: a part that cannot be read may be of the password."""
+    from redis.asyncio import ConnectionPool  # here, because a service without Redis need not load it
+
+    try:
+        ConnectionPool.from_url(url).make_connection()  # type: ignore[no-untyped-call]
+    except (TypeError, ValueError):
+        raise ValueError("is no address of a Redis") from None
 
 
 def _contradiction(sentence: str) -> str:

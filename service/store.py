@@ -1,4 +1,4 @@
-"""Everything Redis: the names of keys, then one function for each use. Nothing else in the service talks to it.
+"""Everything Redis: the names of keys, then one function for each use of the queue. `shared.py` holds the other uses.
 
 | key | type | what |
 |---|---|---|
@@ -6,9 +6,13 @@
 | `clarifier:answers:GATEWAY` | stream | outcomes for the gateway that holds the requests |
 | `clarifier:gone` | channel | entries that nobody waits for any more |
 | `clarifier:gateway:GATEWAY` | string, expires | that gateway lives |
+| `clarifier:added:GATEWAY` | hash, expires | what became of that gateway's last hand-over, request by request |
 | `clarifier:workers`, `clarifier:worker:WORKER` | set; string, expires | what each living worker serves |
 | `clarifier:bundle:DIGEST` | string, expires | a bundle's manifest and report |
 | `clarifier:parked` | stream, bounded | which entries were given up because every worker that took them died |
+| `clarifier:rate:LIMIT` | list, expires | when the hits of a rate limit came, written by `limits` |
+| `clarifier:cache:SHA256` | string, expires | an answer that may come again |
+| `clarifier:probe` | string, expires | nothing: Redis takes writes if it takes this one |
 """
 
 from __future__ import annotations
@@ -35,16 +39,23 @@ GATEWAY = "clarifier:gateway:"
 WORKERS = "clarifier:workers"
 WORKER = "clarifier:worker:"
 BUNDLE = "clarifier:bundle:"
+ADDED = "clarifier:added:"
 GONE = "clarifier:gone"
 PARKED = "clarifier:parked"
 GROUP = "workers"
+RATE = "clarifier:rate"
+CACHE = "clarifier:cache:"
+PROBE = "clarifier:probe"
 
 COMMAND_TIMEOUT_S = 1.0
-"""For Redis to answer what it need not wait for."""
+"""For Redis to answer what it need not wait for. No request waits for an error here: the loops of gateways and workers
+do. A tenth of it would take a large hand-over on a slow network for a Redis that is gone."""
 WORKER_LIFE_MS = 3000
 """How long a worker counts as alive after its last beat."""
 GATEWAY_LIFE_MS = 60_000
 """The same of a gateway: a stalled one must not lose answers."""
+ADDED_S = 600
+"""How long a hand-over that had no answer can be asked for again; longer than any deadline lets it matter."""
 KEPT_S = 86_400
 """How long streams and bundles outlive the last beat of whoever uses them."""
 MAX_PARKED = 1000
@@ -52,15 +63,23 @@ MAX_ANSWERS = 100_000
 """Of a gateway that does not read; one that does removes what it has read."""
 
 ADD = """
--- KEYS: work stream. ARGV: limit, entries, fields and values of one entry, then all of them.
--- Answers how many entries are there, and the new ones' ids; without ids none was added, for lack of room.
-local length, entries, width = redis.call('XLEN', KEYS[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-if length + entries > tonumber(ARGV[1]) then return {length} end
+-- KEYS: work stream, what became of the last hand-over. ARGV: hand-over, request, seconds to know it, limit, entries,
+-- fields and values of one entry, then all of them.
+-- Answers how many entries are there, and the new ones' ids; without ids none was added, for lack of room. What this
+-- hand-over has added already is not added again: its gateway had no answer, and asks a second time.
+local again = redis.call('HGET', KEYS[2], 'hand-over') == ARGV[1]
+local known = again and redis.call('HGET', KEYS[2], ARGV[2])
+if known then return cjson.decode(known) end
+local length, entries, width = redis.call('XLEN', KEYS[1]), tonumber(ARGV[5]), tonumber(ARGV[6])
+if length + entries > tonumber(ARGV[4]) then return {length} end
 local reply = {length + entries}
-for entry = 0, entries - 1 do
-    local first = 4 + entry * width
+for entry = 0, entries - 1 do  -- the first write: a Redis without memory refuses no other in a script
+    local first = 7 + entry * width
     reply[#reply + 1] = redis.call('XADD', KEYS[1], '*', unpack(ARGV, first, first + width - 1))
 end
+if not again then redis.call('DEL', KEYS[2]) end
+redis.call('HSET', KEYS[2], 'hand-over', ARGV[1], ARGV[2], cjson.encode(reply))
+redis.call('EXPIRE', KEYS[2], ARGV[3])
 return reply
 """
 FINISH = """
@@ -88,6 +107,18 @@ class Announcement(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
+class Request:
+    """Entries that are added together, all with the same fields."""
+
+    name: str
+    digest: str
+    """Of the bundle."""
+    entries: Sequence[Mapping[bytes, bytes]]
+    wanted: bool = True
+    """False: only tell what was added of it before."""
+
+
+@dataclass(frozen=True, slots=True)
 class Taken:
     """An entry that this worker has, and how often it was handed out."""
 
@@ -106,7 +137,10 @@ class Added:
 
 
 class Store:
-    """Connections to one Redis. Every method may raise one of `UNREACHABLE`."""
+    """Connections to one Redis. Every method may raise one of `UNREACHABLE`.
+
+    Pipelines with scripts are contexts: they ask for the scripts first, and keep their connection if that fails.
+    """
 
     def __init__(self, url: str) -> None:
         never = Retry(NoBackoff(), 0)  # whoever calls decides what to do
@@ -129,17 +163,27 @@ class Store:
 
     # --- a gateway's side
 
-    async def add(self, requests: Sequence[tuple[str, Sequence[Mapping[bytes, bytes]]]], limit: int) -> list[Added]:
-        """Queue requests, each the digest of its bundle and its entries, all with the same fields: all of them or none.
+    async def add(self, gateway: str, number: int, requests: Sequence[Request], limit: int) -> list[Added]:
+        """Queue requests, each all of its entries or none. At most `limit` entries wait or run for one bundle.
 
-        At most `limit` entries wait or run for one bundle.
+        An error does not say that nothing was added. With the same `number` again, nothing is added twice.
         """
-        pipeline = self._redis.pipeline(transaction=False)
-        for digest, entries in requests:
-            values = [part for fields in entries for pair in fields.items() for part in pair]
-            arguments: list[bytes | int] = [limit, len(entries), len(values) // len(entries), *values]
-            await self._add(keys=[WORK + digest], args=arguments, client=pipeline)
-        replies = await pipeline.execute()
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for each in requests:
+                values = [part for fields in each.entries for pair in fields.items() for part in pair]
+                width = len(values) // len(each.entries)
+                most = limit if each.wanted else 0
+                arguments: list[bytes | str | int] = [
+                    number,
+                    each.name,
+                    ADDED_S,
+                    most,
+                    len(each.entries),
+                    width,
+                    *values,
+                ]
+                await self._add(keys=[WORK + each.digest, ADDED + gateway], args=arguments, client=pipeline)
+            replies = await pipeline.execute()
         return [Added(int(length), [entry.decode() for entry in ids] or None) for length, *ids in replies]
 
     async def withdraw(self, entries: Iterable[tuple[str, str]]) -> None:
@@ -172,7 +216,7 @@ class Store:
 
     async def forget_gateway(self, gateway: str) -> None:
         """It ends: nobody need answer it."""
-        await self._redis.delete(GATEWAY + gateway, ANSWERS + gateway)
+        await self._redis.delete(GATEWAY + gateway, ANSWERS + gateway, ADDED + gateway)
 
     async def roster(self) -> dict[str, Announcement]:
         """What each living worker says of itself, by its name; what cannot be read is left out."""
@@ -262,13 +306,13 @@ class Store:
 
     async def finish(self, answers: Iterable[tuple[Taken, str, Mapping[bytes, bytes]]]) -> None:
         """Answer entries, each to its gateway; those that somebody else has answered, or nobody waits for, are left."""
-        pipeline = self._redis.pipeline(transaction=False)
-        for taken, gateway, fields in answers:
-            keys = [WORK + taken.digest, ANSWERS + gateway, GATEWAY + gateway]
-            values = [part for pair in fields.items() for part in pair]
-            arguments: list[bytes | str | int] = [GROUP, taken.entry, MAX_ANSWERS, KEPT_S, *values]
-            await self._finish(keys=keys, args=arguments, client=pipeline)
-        await pipeline.execute()
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for taken, gateway, fields in answers:
+                keys = [WORK + taken.digest, ANSWERS + gateway, GATEWAY + gateway]
+                values = [part for pair in fields.items() for part in pair]
+                arguments: list[bytes | str | int] = [GROUP, taken.entry, MAX_ANSWERS, KEPT_S, *values]
+                await self._finish(keys=keys, args=arguments, client=pipeline)
+            await pipeline.execute()
 
     async def discard(self, taken: Taken) -> None:
         """Take an entry out without an answer."""

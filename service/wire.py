@@ -15,14 +15,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from models.manifest import Manifest, UnknownDefense
 from service.errors import ClarifierError, DeadlineExceeded, InferenceFailed, NotFinite
 from service.queue import Completed, Item, Outcome
-from service.work import Answer, Classified, Detected, Key, Operation, Pixels, Purified
+from service.work import Answer, Classified, Detected, Floats, Key, Operation, Pixels, Purified
 
 Fields = Mapping[bytes, bytes]
 """Of one entry, as Redis gives them."""
 
 HEAD = b"head"
+ROUNDING = 1e-3
+"""How far from [0, 1] sums of fractions may lie."""
 TYPES: dict[str, np.dtype[Any]] = {"u1": np.dtype("u1"), "f4": np.dtype("<f4")}
 ERRORS: dict[str, type[ClarifierError]] = {
     error.code: error for error in (InferenceFailed, NotFinite, DeadlineExceeded)
@@ -130,6 +133,66 @@ def unpack_reply(fields: Fields) -> Reply:
         return Reply(uid, Completed(_answer(head, arrays), *times, _whole(head["batch_size"]), stage_ms))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise Malformed(str(error)) from None
+
+
+def pack_answer(name: str, answer: Answer) -> bytes:
+    """An answer in one piece, under the name of its question. `unpack_answer` reads it."""
+    fields = pack_reply(name, Completed(answer, 0.0, 0.0, 0, {}))
+    lengths = [[field.decode(), len(value)] for field, value in fields.items()]
+    return b"\n".join([json.dumps(lengths).encode(), b"".join(fields.values())])
+
+
+def unpack_answer(name: str, packed: bytes) -> Answer:
+    """Raises Malformed, also if it is an answer to something else."""
+    table, _, data = packed.partition(b"\n")
+    fields, start = dict[bytes, bytes](), 0
+    try:
+        for field, length in json.loads(table):
+            fields[field.encode()] = data[start : start + _whole(length)]
+            start += length
+    except (AttributeError, RecursionError, TypeError, ValueError) as error:
+        raise Malformed(str(error)) from None
+    if start != len(data):
+        raise Malformed("an answer has another size than its table says")
+    reply = unpack_reply(fields)
+    if reply.uid != name or not isinstance(reply.outcome, Completed):
+        raise Malformed("it answers something else")
+    return reply.outcome.answer
+
+
+def fits(answer: Answer, key: Key, manifest: Manifest) -> bool:
+    """Whether `answer` can be one to `key`, of the bundle with `manifest`: its kind, its shapes and its numbers."""
+    picture = (*manifest.input_size, 3)
+    match answer:
+        case Classified():
+            return (
+                key.operation is Operation.CLASSIFY
+                and _are_fractions(answer.probabilities, (len(manifest.classes),))
+                and (answer.undefended is not None) == key.explain
+                and (answer.undefended is None or _are_fractions(answer.undefended, (len(manifest.classes),)))
+                and (answer.purified is not None) == key.purified
+                and (answer.purified is None or _are_fractions(answer.purified, picture))
+                and (answer.aid_score is None or 0 <= answer.aid_score <= 1)
+                and (answer.ran is None or _is_defense(answer.ran, manifest))
+            )
+        case Purified(image, linf):
+            return key.operation is Operation.PURIFY and _are_fractions(image, picture) and 0 <= linf <= 1 + ROUNDING
+        case Detected(score):
+            return key.operation is Operation.DETECT and 0 <= score <= 1
+
+
+def _are_fractions(array: Floats, shape: tuple[int, ...]) -> bool:
+    """Whether all are in [0, 1]; a NaN is not."""
+    within = array.shape == shape and array.dtype == np.float32 and (array >= -ROUNDING) & (array <= 1 + ROUNDING)
+    return bool(np.all(within))
+
+
+def _is_defense(chain: str, manifest: Manifest) -> bool:
+    try:
+        manifest.resolve(chain)
+    except UnknownDefense:
+        return False
+    return True
 
 
 def _answer(head: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Answer:

@@ -26,16 +26,18 @@ class Farm:
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
         self.redis = OwnRedis()
+        self.url = self.redis.url
+        """Where gateways and workers look for it."""
         self.redis.start()
         stack.callback(self.redis.kill)
         self.workers: list[subprocess.Popen[bytes]] = []
 
     def gateway(self, **settings: Any) -> Server:
-        given = {"default_model": "colors", "queue": "redis", "redis_url": self.redis.url, "drain_timeout_s": 5.0}
+        given = {"default_model": "colors", "queue": "redis", "redis_url": self.url, "drain_timeout_s": 5.0}
         return self._stack.enter_context(serving(load_engine, {**given, **settings}))
 
     def worker(self, **settings: Any) -> subprocess.Popen[bytes]:
-        process = start_worker(self.redis.url, **settings)
+        process = start_worker(self.url, **settings)
         self._stack.callback(_end, process)
         self.workers.append(process)
         return process

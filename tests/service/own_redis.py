@@ -62,6 +62,7 @@ class OwnRedis:
     def start(self) -> None:
         """Start it, and wait until it answers."""
         line = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        line += ["--repl-diskless-load", "on-empty-db"]
         self.process = subprocess.Popen(line, stdout=subprocess.DEVNULL)
         end = time.monotonic() + 20
         while True:

@@ -13,6 +13,7 @@ import pytest
 
 from service.access import address_of, create_access
 from service.logs import JsonFormatter
+from service.rates import MemoryWindows
 from service.settings import Settings
 from tests.service.conftest import Running, running, until
 from tests.service.fakes import FakeBundle, green, png
@@ -212,7 +213,7 @@ def test_the_documentation_says_how_to_send_a_key(guarded: Running, service: Run
 
 
 def test_without_settings_nobody_is_asked_for_anything(service: Running) -> None:
-    assert create_access(Settings()) is None
+    assert create_access(Settings(), MemoryWindows()) is None
     assert service.gateway.access is None
     assert classify(service, "any").status_code == 200
     assert classify(service, "any", "defense=zeropur&explain=true").status_code == 200

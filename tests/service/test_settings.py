@@ -69,6 +69,9 @@ def test_row_79_an_unknown_name_is_refused(name: str, monkeypatch: pytest.Monkey
         ("LOG_LEVEL", "LOUD"),
         ("DEFAULT_MODEL", ""),
         ("REDIS_URL", "http://127.0.0.1"),
+        ("REDIS_URL", "redis://127.0.0.1:many"),
+        ("REDIS_URL", "redis://127.0.0.1/0?db=first"),
+        ("REDIS_URL", "redis://127.0.0.1/0?no_such_option=1"),
         ("WORKER_PORT", "65536"),
         ("RATE_LIMIT", ""),
         ("RATE_LIMIT", "600"),
@@ -105,9 +108,37 @@ def test_row_79_contradictions_are_refused_with_both_names(
     assert all(f"CLARIFIER_{name}" in str(caught.value) for name in names)
 
 
-@pytest.mark.parametrize("scheme", ["redis", "http"])
-def test_row_82_a_password_is_never_repeated(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CLARIFIER_REDIS_URL", f"{scheme}://:canary@127.0.0.1/0")
+@pytest.mark.parametrize(
+    ("queue", "url", "shared"),
+    [
+        ("memory", None, None),
+        ("memory", "redis://there:1/2", "redis://there:1/2"),
+        ("memory", "redis://127.0.0.1:6379/0", "redis://127.0.0.1:6379/0"),
+        ("redis", None, "redis://127.0.0.1:6379/0"),
+        ("redis", "unix:///there", "unix:///there"),
+    ],
+)
+def test_gateways_share_in_a_redis_that_is_named_or_that_they_need_anyway(
+    queue: str, url: str | None, shared: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLARIFIER_QUEUE", queue)
+    if url is not None:
+        monkeypatch.setenv("CLARIFIER_REDIS_URL", url)
+    assert load_settings().shared_redis_url == shared
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:canary@127.0.0.1/0",
+        "http://:canary@127.0.0.1/0",
+        "redis://:canary#@127.0.0.1/0",
+        "redis://:canary/@127.0.0.1/0",
+        "redis://127.0.0.1/0?secret=canary",
+    ],
+)
+def test_row_82_a_password_is_never_repeated(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLARIFIER_REDIS_URL", url)
     try:
         settings = load_settings()
     except SettingsError as error:

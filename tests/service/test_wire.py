@@ -14,8 +14,19 @@ from hypothesis import strategies as st
 
 from service.errors import ClarifierError, DeadlineExceeded, InferenceFailed, NotFinite, Overloaded
 from service.queue import Completed, Item
-from service.wire import HEAD, Malformed, pack_reply, pack_work, unpack_reply, unpack_work
+from service.wire import (
+    HEAD,
+    Malformed,
+    fits,
+    pack_answer,
+    pack_reply,
+    pack_work,
+    unpack_answer,
+    unpack_reply,
+    unpack_work,
+)
 from service.work import Answer, Classified, Detected, Key, Operation, Purified
+from tests.service.manifests import SIDE, fake_manifest
 
 IMAGE = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
 FLOATS = np.linspace(0, 1, 3, dtype=np.float32)
@@ -136,3 +147,89 @@ def test_bytes_at_random_are_refused(fields: dict[bytes, bytes]) -> None:
         unpack_work(fields)
     with pytest.raises(Malformed):
         unpack_reply(fields)
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_an_answer_in_one_piece_comes_back_as_it_was(answer: Answer) -> None:
+    found = unpack_answer("question", pack_answer("question", answer))
+    assert type(found) is type(answer)
+    for field in dataclasses.fields(answer):
+        np.testing.assert_array_equal(getattr(found, field.name), getattr(answer, field.name))
+    with pytest.raises(Malformed):
+        unpack_answer("another question", pack_answer("question", answer))
+
+
+TABLES = (
+    st.lists(st.tuples(st.sampled_from(["head", "image", "probabilities"]), st.integers())) | st.integers() | st.text()
+)
+
+
+@given(
+    st.binary(max_size=200)
+    | st.builds(lambda table, rest: json.dumps(table).encode() + b"\n" + rest, TABLES, st.binary())
+)
+def test_row_72_bytes_that_are_no_answer_are_malformed(packed: bytes) -> None:
+    with pytest.raises(Malformed):
+        unpack_answer("question", packed)
+
+
+@given(st.data())
+def test_row_72_an_answer_that_was_changed_is_malformed_or_an_answer(data: st.DataObject) -> None:
+    packed = bytearray(pack_answer("question", ANSWERS[1]))
+    place = data.draw(st.integers(0, len(packed) - 1))
+    packed[place] ^= data.draw(st.integers(1, 255))
+    packed = packed[: data.draw(st.integers(0, len(packed)))]
+    try:
+        answer = unpack_answer("question", bytes(packed))
+    except Malformed:
+        return
+    assert fits(answer, Key(Operation.CLASSIFY, "colors@1"), fake_manifest()) in (True, False)
+
+
+PICTURE = np.full((SIDE, SIDE, 3), 0.5, np.float32)
+CLASSIFY = Key(Operation.CLASSIFY, "colors@1")
+EXPLAIN = Key(Operation.CLASSIFY, "colors@1", explain=True, purified=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "answer"),
+    [
+        (CLASSIFY, Classified(FLOATS)),
+        (CLASSIFY, Classified(FLOATS + np.float32(1e-6), ran="atop:rt1,aid")),
+        (EXPLAIN, Classified(FLOATS, FLOATS, 0.0, "none", PICTURE)),
+        (EXPLAIN, Classified(FLOATS, FLOATS, None, None, PICTURE)),  # of a bundle without AID
+        (Key(Operation.PURIFY, "colors@1"), Purified(PICTURE, 1.0)),
+        (Key(Operation.DETECT, "colors@1"), Detected(1.0)),
+    ],
+)
+def test_an_answer_fits_its_own_question_and_no_other(key: Key, answer: Answer) -> None:
+    assert fits(answer, key, fake_manifest())
+    others = [Key(operation, "colors@1") for operation in Operation if operation is not key.operation]
+    assert not any(fits(answer, other, fake_manifest()) for other in others)
+
+
+@pytest.mark.parametrize(
+    ("key", "answer"),
+    [
+        (CLASSIFY, Classified(FLOATS[:2])),
+        (CLASSIFY, Classified(FLOATS[:, None])),
+        (CLASSIFY, Classified(np.array([0.5, np.nan, 0.5], np.float32))),
+        (CLASSIFY, Classified(np.array([0.5, np.inf, 0.5], np.float32))),
+        (CLASSIFY, Classified(FLOATS - 1)),
+        (CLASSIFY, Classified(np.ones(3, np.uint8))),
+        (CLASSIFY, Classified(FLOATS, FLOATS)),
+        (CLASSIFY, Classified(FLOATS, aid_score=1.5)),
+        (CLASSIFY, Classified(FLOATS, ran="strong")),
+        (CLASSIFY, Classified(FLOATS, purified=PICTURE)),
+        (EXPLAIN, Classified(FLOATS, None, 0.5, None, PICTURE)),
+        (EXPLAIN, Classified(FLOATS, FLOATS[:2], 0.5, None, PICTURE)),
+        (EXPLAIN, Classified(FLOATS, FLOATS, 0.5, None, PICTURE[1:])),
+        (EXPLAIN, Classified(FLOATS, FLOATS)),
+        (Key(Operation.PURIFY, "colors@1"), Purified(PICTURE * 3, 0.5)),
+        (Key(Operation.PURIFY, "colors@1"), Purified(PICTURE[1:], 0.5)),
+        (Key(Operation.PURIFY, "colors@1"), Purified(PICTURE, -1.0)),
+        (Key(Operation.DETECT, "colors@1"), Detected(2.0)),
+    ],
+)
+def test_row_72_an_answer_of_another_shape_kind_or_range_does_not_fit(key: Key, answer: Answer) -> None:
+    assert not fits(answer, key, fake_manifest())
