@@ -21,8 +21,9 @@ from service.errors import ClarifierError, InvalidInference, NotReady
 from service.gateway import gateway_of
 from service.images import Decoded
 from service.oip_messages import Inference, Output, inputs_of, outputs_of, read_inference, write_response
-from service.openapi import BINARY
+from service.openapi import BINARY, documented_inference
 from service.parameters import ClassifyParameters, ModelParameters, NoParameters, read_parameters
+from service.probes import GET_AND_HEAD
 from service.questions import (
     Prepared,
     Question,
@@ -50,9 +51,12 @@ FLOAT_BYTES = 4
 JSON_FLOAT_BYTES = 64
 """Of a number on its way into JSON: an object, its place in a list, and its digits."""
 ERROR = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
-INFER_BODY = {
-    "required": True,
-    "content": {"application/json": {"schema": {"type": "object"}}, "application/octet-stream": {"schema": BINARY}},
+ANSWER = {
+    "type": "object",
+    "required": ["model_name", "model_version", "outputs"],
+    "properties": {
+        "outputs": {"type": "array", "items": {"type": "object", "required": ["name", "datatype", "shape"]}}
+    },
 }
 
 T = TypeVar("T")
@@ -73,13 +77,13 @@ async def server(request: Request) -> Response:
 
 
 @oip_server.get("/v2/health/live", summary="As /livez")
-@oip_server.head("/v2/health/live", include_in_schema=False)
+@oip_server.api_route("/v2/health/live", methods=GET_AND_HEAD, include_in_schema=False)
 async def live(request: Request) -> Response:
     return _health("live", gateway_of(request).why_not_live())
 
 
 @oip_server.get("/v2/health/ready", summary="As /readyz")
-@oip_server.head("/v2/health/ready", include_in_schema=False)
+@oip_server.api_route("/v2/health/ready", methods=GET_AND_HEAD, include_in_schema=False)
 async def ready(request: Request) -> Response:
     return _health("ready", gateway_of(request).why_not_ready())
 
@@ -110,8 +114,10 @@ async def model(request: Request, name: str) -> Response:
 
 @oip.post(
     "/v2/models/{name}/infer",
-    responses={200: {"content": INFER_BODY["content"]}},
-    openapi_extra={"requestBody": INFER_BODY},
+    responses={
+        200: {"content": {"application/json": {"schema": ANSWER}, "application/octet-stream": {"schema": BINARY}}}
+    },
+    openapi_extra=documented_inference(),
     summary="Defended answers for one or more images",
 )
 @oip.post("/v2/models/{name}/versions/{version}/infer", include_in_schema=False)

@@ -34,7 +34,7 @@ from service.images import (
     encode_pixels,
     to_floats,
 )
-from service.openapi import BINARY, IMAGES_BODY, documented, problem_response, problems
+from service.openapi import BINARY, IMAGES_BODY, PURIFIED_HEADERS, documented, problem_response, problems
 from service.parameters import (
     ClassifyParameters,
     DefenseParameters,
@@ -128,7 +128,7 @@ async def classify_batch(request: Request) -> Response:
 @direct.post(
     "/purify",
     response_class=Response,
-    responses={200: {"content": {kind: {"schema": BINARY} for kind in MODEL_SIZE_TYPES}}},
+    responses={200: {"content": {kind: {"schema": BINARY} for kind in MODEL_SIZE_TYPES}, "headers": PURIFIED_HEADERS}},
     openapi_extra=documented(PurifyParameters),
     summary="The image without what an attack may have put into it",
 )

@@ -40,6 +40,7 @@ class FakeBundle:
     """The class is the brightest channel; `atop` adds seeded noise, other defenses turn images upside down.
 
     The AID score is an image's mean. `gate` holds batches while it is cleared; `batches` lists their sizes.
+    Without `misbehaves` no image is marked.
     """
 
     def __init__(self, manifest: Manifest | None = None) -> None:
@@ -52,6 +53,7 @@ class FakeBundle:
         self.batches: list[int] = []
         self.delay_s = 0.0
         self.announces = False
+        self.misbehaves = True
 
     def probabilities(
         self, defense: str, images: Tensor, votes: int = 1, seed: int | Sequence[int] | None = None
@@ -60,7 +62,7 @@ class FakeBundle:
         self._begin(images)
         purified = self._purified(defense, images, seed)
         probabilities = torch.softmax(10 * purified.mean((2, 3)), 1)
-        return torch.where(_marked(images, NAN_VALUE)[:, None], torch.nan, probabilities)
+        return torch.where(self._marked(images, NAN_VALUE)[:, None], torch.nan, probabilities)
 
     def purify(
         self,
@@ -72,12 +74,12 @@ class FakeBundle:
         """(N, 3, H, W) in [0, 1]."""
         self._begin(images)
         purified = self._purified(defense, images, seed)
-        return torch.where(_marked(images, NAN_VALUE)[:, None, None, None], torch.nan, purified)
+        return torch.where(self._marked(images, NAN_VALUE)[:, None, None, None], torch.nan, purified)
 
     def aid_score(self, images: Tensor) -> Tensor:
         """(N,)."""
         self._begin(images)
-        return torch.where(_marked(images, NAN_SCORE_VALUE), torch.nan, images.mean((1, 2, 3)))
+        return torch.where(self._marked(images, NAN_SCORE_VALUE), torch.nan, images.mean((1, 2, 3)))
 
     def ran(self, defense: str, images: Tensor) -> list[str]:
         """`auto` takes the strong chain for dark images."""
@@ -92,10 +94,14 @@ class FakeBundle:
             print(ENTERED, flush=True)
         self.gate.wait(20)
         time.sleep(self.delay_s)
-        if _marked(images, POISON_VALUE).any():
+        if self._marked(images, POISON_VALUE).any():
             raise RuntimeError("poisoned")
-        if _marked(images, FATAL_VALUE).any():
+        if self._marked(images, FATAL_VALUE).any():
             raise SystemExit
+
+    def _marked(self, images: Tensor, value: int) -> Tensor:
+        marked = (images[:, 0, 0, 0] * 255).round() == value
+        return marked & self.misbehaves
 
     def _purified(self, defense: str, images: Tensor, seed: int | Sequence[int] | None) -> Tensor:
         if defense == "none":
@@ -109,10 +115,6 @@ class FakeBundle:
 
 def _noise(seed: int, shape: torch.Size) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed % 2**62))
-
-
-def _marked(images: Tensor, value: int) -> Tensor:
-    return (images[:, 0, 0, 0] * 255).round() == value
 
 
 def green(side: int = SIDE) -> Pixels:
