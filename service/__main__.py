@@ -19,6 +19,7 @@ from prometheus_client import disable_created_metrics
 from service.allocator import keep_freed_memory
 from service.app import create_app, decoder_threads
 from service.cache import MAX_CACHE_BYTES, MemoryCache
+from service.connections import bounded_http
 from service.gateway import Gateway
 from service.images import BYTES_PER_DECODED_PIXEL, BYTES_PER_PURIFIED_SAMPLE
 from service.keys import read_keys
@@ -174,11 +175,12 @@ def serve(settings: Settings, listener: socket.socket, load: Callable[[Settings]
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter
     app = create_app(settings, lambda settings: _kept(load(settings)))
+    gateway = app.state.gateway
     config = uvicorn.Config(
         app,
         host=settings.host,
         port=listener.getsockname()[1],
-        http="httptools",
+        http=bounded_http(gateway.metrics, head_timeout_s=settings.body_timeout_s, idle_timeout_s=KEEP_ALIVE_S),
         lifespan="on",
         log_config=None,
         access_log=False,
@@ -187,7 +189,6 @@ def serve(settings: Settings, listener: socket.socket, load: Callable[[Settings]
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=int(settings.drain_timeout_s) + 2,
     )
-    gateway = app.state.gateway
     server = Server(config, gateway)
     server.run([listener])
     if server.engine_died:

@@ -2,8 +2,8 @@
 
     ClarifierError
     ├── the key: Unauthorized, Forbidden
-    ├── the message: EmptyBody, MalformedMultipart, MalformedJson, BadBase64, MalformedTensor, BodyTooSlow,
-    │   BodyTooLarge, UnsupportedMedia
+    ├── the message: HeadersTooLarge, EmptyBody, MalformedMultipart, MalformedJson, BadBase64, MalformedTensor,
+    │   BodyTooSlow, BodyTooLarge, UnsupportedMedia
     ├── the image: UnsupportedFormat, TooManyPixels, Undecodable, Animated, ExtremeAspect
     ├── the question: InvalidParameter, InvalidInference, WrongField, UnknownModel, NoDetector, NotAcceptable,
     │   TooManyImages
@@ -126,6 +126,12 @@ class NotAcceptable(ClarifierError):
     application/x-npy are what /purify makes, application/zip is what /purify/batch makes."""
 
     code, status, title = "not_acceptable", 406, "the accepted types cannot be produced"
+
+
+class HeadersTooLarge(ClarifierError):
+    """The request has more than 256 headers, or more than 64 KiB of them."""
+
+    code, status, title = "headers_too_large", 431, "the headers are too large"
 
 
 class BodyTooSlow(ClarifierError):

@@ -10,14 +10,17 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.access import Access
+from service.connections import MAX_HEAD_BYTES
 from service.entropy import Entropy
-from service.errors import ClarifierError, TooBusy, answer_of
+from service.errors import ClarifierError, HeadersTooLarge, TooBusy, answer_of
 from service.logs import log_request
 from service.metrics import Metrics
 from service.record import Record, new_record
 
 MAX_ACTIVE_REQUESTS = 2048
 """That are being answered; idle connections are not counted."""
+MAX_HEADERS = 256
+"""Of one request; browsers behind proxies send some thirty."""
 PROBES = frozenset(
     {"/livez", "/readyz", "/metrics", "/ping", "/healthz", "/health", "/v2/health/live", "/v2/health/ready"}
 )
@@ -57,7 +60,9 @@ class RequestMiddleware:
             await send(message)
 
         app: ASGIApp = self.app
-        if self._active >= self._max_active and scope["path"] not in PROBES:
+        if _too_large(scope["headers"]):
+            app = answer_of(HeadersTooLarge(), scope)
+        elif self._active >= self._max_active and scope["path"] not in PROBES:
             app = answer_of(TooBusy(), scope)
         self._active += 1
         try:
@@ -69,6 +74,10 @@ class RequestMiddleware:
             record.route = getattr(scope.get("route"), "path", "other")
             self.metrics.count_request(record)
             log_request(record)
+
+
+def _too_large(headers: Sequence[tuple[bytes, bytes]]) -> bool:
+    return len(headers) > MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > MAX_HEAD_BYTES
 
 
 def _own_headers(record: Record) -> list[tuple[bytes, bytes]]:

@@ -16,6 +16,7 @@ import pytest
 import uvicorn
 
 from service.app import create_app
+from service.connections import bounded_http
 from service.gateway import Gateway
 from service.loading import Loaded
 from service.settings import Settings
@@ -88,7 +89,8 @@ def serving(load: Callable[[Settings], Loaded], settings: dict[str, Any]) -> Ite
     app = create_app(Settings(**settings), load)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, http="httptools", log_config=None, access_log=False))
+    http = bounded_http(app.state.gateway.metrics, head_timeout_s=settings.get("body_timeout_s", 10), idle_timeout_s=75)
+    server = uvicorn.Server(uvicorn.Config(app, http=http, log_config=None, access_log=False))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     port = listener.getsockname()[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -132,14 +133,18 @@ def test_row_56_the_hash_of_a_key_opens_nothing(guarded: Running, keys_file: Pat
 def exchange(port: int, head: bytes) -> bytes:
     """Send `head`, and nothing after it; what comes back before the server ends the connection."""
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
-        connection.sendall(head)
         answer = b""
-        while piece := connection.recv(65536):
-            answer += piece
+        with suppress(ConnectionError):  # it does not read all of a megabyte
+            connection.sendall(head)
+            while piece := connection.recv(65536):
+                answer += piece
         return answer
 
 
-def test_row_56_a_key_of_a_megabyte_is_not_even_hashed(guarded: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("length", "status"), [(60_000, 401), (2**20, 431)])
+def test_row_56_a_key_of_a_megabyte_is_not_even_hashed(
+    guarded: Running, monkeypatch: pytest.MonkeyPatch, length: int, status: int
+) -> None:
     sizes = list[int]()
 
     def noted(secret: bytes) -> bytes:
@@ -148,8 +153,8 @@ def test_row_56_a_key_of_a_megabyte_is_not_even_hashed(guarded: Running, monkeyp
 
     monkeypatch.setattr("service.access.digest_of", noted)
     for header in (b"X-API-Key: ", b"Authorization: Bearer "):
-        head = b"POST /classify HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n" + header + b"k" * 2**20 + b"\r\n\r\n"
-        assert exchange(guarded.port, head).startswith(b"HTTP/1.1 401 ")
+        head = b"POST /classify HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n" + header + b"k" * length + b"\r\n\r\n"
+        assert exchange(guarded.port, head).startswith(b"HTTP/1.1 %d " % status)
     assert sizes == []
     monkeypatch.undo()
     assert guarded.still_answers()

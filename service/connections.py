@@ -1,0 +1,111 @@
+"""HTTP as uvicorn reads it, with limits for what it reads before there is a request to answer.
+
+A head that grows or dawdles, and a connection that never asks anything, end here. All of them are answered in one line
+of text, since what is not a whole request has no answer of its own, and counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import ClassVar
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from service.metrics import Metrics
+
+MAX_HEAD_BYTES = 64 * 1024
+"""Of a request before its body. What the system hands over at once is read to its end: so much more may be held."""
+MAX_URL_BYTES = 65535
+"""That the parser reads."""
+
+
+class BoundedHttp(HttpToolsProtocol):
+    """One connection. `bounded_http` makes the class that a server uses."""
+
+    metrics: ClassVar[Metrics]
+    head_timeout_s: ClassVar[float]
+    idle_timeout_s: ClassVar[float]
+
+    url = b""
+    """Of the request that is being read; uvicorn sets it when one begins."""
+    _head_bytes = 0
+    """Of a head that has begun and not ended, without what came with its end."""
+    _in_head = False
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        # uvicorn's timer for idle connections, which it starts after an answer only.
+        self.timeout_keep_alive_task = self.loop.call_later(self.idle_timeout_s, self.timeout_keep_alive_handler)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unset_keepalive_if_required()
+        self._end_of_head()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if not self._in_head or self.transport.is_closing():
+            if self._head_timer is not None:
+                self._end_of_head()
+            return
+        self._head_bytes += len(data)
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self._refuse(431, "headers_too_large")
+        elif self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.head_timeout_s, self._refuse, 408, "head_too_slow")
+
+    def on_message_begin(self) -> None:
+        self._in_head = True
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """What uvicorn calls for a message that it cannot read."""
+        if len(self.url) > MAX_URL_BYTES:
+            self._refuse(414, "url_too_long")
+        else:
+            self._refuse(400, "malformed_http")
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Anybody may ask for another protocol, as often as they like: that is no reason for a line in the log."""
+
+    def _end_of_head(self) -> None:
+        self._head_bytes = 0
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _refuse(self, status: int, reason: str) -> None:
+        self._end_of_head()
+        if self.transport.is_closing():
+            return
+        self.metrics.count_refusal(reason, status)
+        if self._answers_here():
+            text = STATUS_LINE[status][9:]
+            length = b"content-length: %d\r\n" % len(text)
+            head = STATUS_LINE[status] + b"content-type: text/plain\r\nconnection: close\r\n" + length
+            self.transport.write(head + b"\r\n" + text)
+        self.transport.close()
+
+    def _answers_here(self) -> bool:
+        """Whether what is written now would be read as the answer to what came last."""
+        cycle: RequestResponseCycle | None = vars(self)["cycle"]
+        if cycle is None or cycle.response_complete:
+            return True
+        return not (self._in_head or self.pipeline or cycle.response_started)
+
+
+def bounded_http(metrics: Metrics, *, head_timeout_s: float, idle_timeout_s: float) -> type[BoundedHttp]:
+    """The protocol of a server that counts in `metrics`. A head that has begun has `head_timeout_s` to end."""
+
+    class Bounded(BoundedHttp):
+        pass
+
+    Bounded.metrics = metrics
+    Bounded.head_timeout_s = head_timeout_s
+    Bounded.idle_timeout_s = idle_timeout_s
+    return Bounded
