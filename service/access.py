@@ -69,9 +69,8 @@ class Access:
     def _owner(self, scope: Scope) -> tuple[str, RateLimits]:
         """Whose hit a request is, and how many that one has."""
         key = key_of(scope)
-        if key is None:
-            return address_of(scope), self._limits
-        return key.name, self._limits if key.rate_limit is None else key.rate_limit
+        limits = self._limits if key is None or key.rate_limit is None else key.rate_limit
+        return owner_of(scope), limits
 
     def guards(self) -> list[params.Depends]:
         """What the framework does before its routes that need a key, and says about all that do."""
@@ -99,6 +98,12 @@ def key_of(scope: Scope) -> ApiKey | None:
     key = scope.get("clarifier.key")
     assert key is None or isinstance(key, ApiKey)
     return key
+
+
+def owner_of(scope: Scope) -> str:
+    """Who asks: the name of the request's key, or, where there are no keys, the address."""
+    key = key_of(scope)
+    return address_of(scope) if key is None else key.name
 
 
 def require(scope: Scope, right: Right) -> None:

@@ -20,6 +20,7 @@ from service.cache import AnswerCache, MemoryCache
 from service.entropy import Entropy
 from service.errors import install_handlers
 from service.gateway import Gateway
+from service.lag import watch_lag
 from service.loading import Loaded, load_engine
 from service.metrics import Metrics
 from service.middleware import DirectMiddleware, RequestMiddleware
@@ -30,6 +31,7 @@ from service.reloading import load_noted, reload_when_asked
 from service.repository import Catalog
 from service.routes import catalog, direct, router
 from service.settings import Settings
+from service.similarity import SimilarityWatch
 from service.uploads import ByteBudget, budget_bytes
 
 if TYPE_CHECKING:
@@ -55,7 +57,8 @@ def create_app(settings: Settings, load: Callable[[Settings], Loaded] = load_eng
     decoders = ThreadPoolExecutor(decoder_threads(), "decoder")
     budget = ByteBudget(budget_bytes(settings.max_batch_size, settings.max_image_bytes))
     cache = _create_cache(settings, shared)
-    gateway = Gateway(settings, metrics, decoders, budget, Entropy(), cache, access)
+    similarity = SimilarityWatch(settings.similarity_limit) if settings.similarity_limit else None
+    gateway = Gateway(settings, metrics, decoders, budget, Entropy(), cache, access, similarity)
     app = FastAPIOffline(
         title="Clarifier",
         description=f"{DESCRIPTION} {_limits(settings)}",
@@ -111,6 +114,7 @@ def _lifespan(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         loading = asyncio.create_task(_start(gateway, load))
+        watching = asyncio.create_task(watch_lag(gateway.metrics.event_loop_lag))
         loading.add_done_callback(lambda task: _note_failure(gateway, task))
         if shared is not None:
             shared.start()
@@ -118,6 +122,7 @@ def _lifespan(
             yield
         finally:
             gateway.begin_drain()
+            watching.cancel()
             loading.cancel()
             await asyncio.wait([loading])
             if gateway.batcher is not None:

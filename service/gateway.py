@@ -19,6 +19,7 @@ from service.errors import Draining, NotReady, UnknownModel
 from service.metrics import Metrics
 from service.repository import Catalog
 from service.settings import Settings
+from service.similarity import SimilarityWatch
 from service.uploads import ByteBudget
 
 STALE_BEAT_S = 2.0
@@ -38,6 +39,8 @@ class Gateway:
     """None while it is off."""
     access: Access | None = None
     """None if everybody may ask as often as they like."""
+    similarity: SimilarityWatch | None = None
+    """None while nobody looks."""
     catalog: Catalog = field(default_factory=lambda: Catalog({}))
     batcher: Dispatcher | None = None
     draining: bool = False

@@ -49,6 +49,10 @@ class Metrics:
         self.suspicious = self._counter("suspicious", "Images below their bundle's AID threshold.", ("model",))
         self.flips = self._counter("flips", "Defended label differs from the undefended.", ("model", "defense"))
         self.predictions = self._counter("predictions", "Defended labels.", ("model", "label"))
+        self.event_loop_lag = self._histogram("event_loop_lag_seconds", "How late it was, four times a second.", ())
+        self.similarity_alerts = self._counter(
+            "query_similarity_alerts", "Images that are near-duplicates of too many before them.", ()
+        )
         self.engine_errors = self._counter("engine_errors", "Failed batches and answers.", ("engine", "kind"))
         self.device_memory = self._gauge("device_memory_bytes", "Allocated on the accelerator; 0 on a CPU.")
         self.redis_up = self._gauge("redis_up", "1 while Redis answers.")

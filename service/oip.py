@@ -38,7 +38,7 @@ from service.questions import (
 )
 from service.queue import Completed, Outcome
 from service.repository import DescribedBundle
-from service.routes import top
+from service.routes import SCORE_DIGITS, top
 from service.uploads import QUICK_FORM_BYTES, batch_body_bytes, read_message
 from service.work import Classified, Floats, Operation, Pixels
 
@@ -277,7 +277,7 @@ def _tensor(
             pictures = [answer.purified for answer in answers if answer.purified is not None]
             return np.stack(pictures).transpose(0, 3, 1, 2)
         case "aid_score":
-            return np.array([answer.aid_score for answer in answers], np.float32)
+            return np.array([answer.aid_score for answer in answers], np.float32).round(SCORE_DIGITS)
         case "seed":
             return np.array(seeds, np.uint64)
     raise AssertionError(output.name)

@@ -8,6 +8,7 @@ queue, except that `/purify?size=original` decodes the upload again for its answ
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import Generic, ParamSpec, TypeVar
 from fastapi import Request
 
 from models.manifest import Manifest, UnknownDefense
-from service.access import key_of, require
+from service.access import key_of, owner_of, require
 from service.cache import AnswerCache, answer_keys
 from service.dispatch import Dispatcher, Places
 from service.errors import ClarifierError, ClientLeft, DeadlineExceeded
@@ -39,6 +40,8 @@ from service.repository import Catalog, DescribedBundle
 from service.uploads import Account, read_image, read_images
 from service.wire import fits
 from service.work import Answer, Key, Operation, Pixels
+
+logger = logging.getLogger(__name__)
 
 FRESH_SEED_BITS = 53
 """Of seeds that we draw, so that JSON clients that count in doubles can send them back."""
@@ -268,6 +271,7 @@ async def answer_all(
     if not images:
         return []
     pixels = [prepared.image.pixels for prepared in images]
+    _watch_for_attacks(question.gateway, request, pixels)
     cache = question.gateway.cache
     if cache is None:
         outcomes = await _run(question, request, pixels, seeds)
@@ -278,6 +282,18 @@ async def answer_all(
         if isinstance(outcome, Completed):
             metrics.count_answer(question.record, outcome.answer, manifest.classes, manifest.aid_threshold)
     return outcomes
+
+
+def _watch_for_attacks(gateway: Gateway, request: Request, images: Sequence[Pixels]) -> None:
+    if gateway.similarity is None:
+        return
+    who = owner_of(request.scope)
+    for image in images:
+        excess = gateway.similarity.note(who, image)
+        if excess:
+            gateway.metrics.similarity_alerts.inc()
+        if excess == 1:
+            logger.warning("very many near-duplicates of one image", extra={"fields": {"from": who}})
 
 
 async def _find_or_run(

@@ -86,6 +86,8 @@ IN_THE_ARCHIVE = (
     "with `status`, `file`, `linf` and `seed` of each image, or its problem"
 )
 DEFAULT_TOP_K = 5
+SCORE_DIGITS = 3
+"""Of AID's score: enough to watch it, too few for an attacker who climbs on its smallest changes."""
 
 
 direct = APIRouter(responses=problems(), tags=["images"])
@@ -202,7 +204,7 @@ async def detect(request: Request) -> Response:
                 request_id=question.record.request_id,
                 model=question.key.model,
                 digest=question.bundle.digest,
-                aid_score=detected.aid_score,
+                aid_score=round(detected.aid_score, SCORE_DIGITS),
                 suspicious=detected.aid_score < threshold,
                 threshold=threshold,
                 timing_ms=_timing(question, prepared, completed),
@@ -249,7 +251,7 @@ def _classify_response(
         probability=first["probability"],
         top=verdicts,
         undefended=None if undefended is None else top(undefended, classes, 1)[0],
-        aid_score=score,
+        aid_score=None if score is None else round(score, SCORE_DIGITS),
         suspicious=None if score is None or threshold is None else score < threshold,
         timing_ms=_timing(question, prepared, completed),
     )

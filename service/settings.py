@@ -82,6 +82,8 @@ class Settings(BaseSettings):
     """TOML, see `service.keys`. Unset: open to everybody."""
     rate_limit: Annotated[str, AfterValidator(_rate_limit)] | None = None
     """Of each key, or of each address where there are no keys: `600/minute`."""
+    similarity_limit: Annotated[int, Field(ge=0)] = 0
+    """Near-duplicates of one image that a client may send before each further one is an alert; 0: nobody looks."""
 
     drain_delay_s: NonNegativeFloat = 0.0
     """After SIGTERM: not ready, but still accepting, until load balancers have noticed."""

@@ -25,6 +25,7 @@ CONTRACT = {
     "redis_up", "redis_errors_total",
     "cache_requests_total", "accepted_total", "answered_total", "cancelled_total",
     "bundle_load_seconds", "bundle_last_load_success",
+    "query_similarity_alerts_total", "event_loop_lag_seconds",
 }  # fmt: skip
 
 

@@ -394,7 +394,7 @@ def test_files_are_out_of_memory_before_the_engine_runs_and_numbers_are_counted_
 ) -> None:
     server = start()
     held = list[int]()
-    small_json = [{"name": "images", "shape": [2, 3, SIDE, SIDE], "datatype": "FP32", "data": [0] * 6 * SIDE**2}]
+    small_json = [{"name": "images", "shape": [2, 3, SIDE, SIDE], "datatype": "FP32", "data": [1] * 6 * SIDE**2}]
     bodies: Sequence[dict[str, Any]] = (request(GOOD), {"inputs": small_json})
     for body in bodies:
         server.bundle.gate.clear()

@@ -91,7 +91,7 @@ def test_explain_adds_the_undefended_answer_and_the_verdict(service: Running) ->
     assert set(answer["undefended"]) == {"label", "index", "probability"}
     assert answer["undefended"]["label"] == "green"
     score = float(to_floats(green()).mean())
-    assert answer["aid_score"] == pytest.approx(score, abs=1e-5)
+    assert answer["aid_score"] == pytest.approx(score, abs=6e-4)
     assert answer["suspicious"] is (score < 0.5)
     bright = np.full((8, 8, 3), 250, np.uint8)
     assert service.client.post("/classify?explain=true", content=png(bright)).json()["suspicious"] is False
@@ -194,7 +194,7 @@ def test_floats_and_huge_webp_are_not_made_at_the_original_size(service: Running
 def test_detect_answers_score_verdict_and_threshold(service: Running) -> None:
     answer = service.client.post("/detect", content=GOOD).json()
     score = float(to_floats(green()).mean())
-    assert answer["aid_score"] == pytest.approx(score, abs=1e-5)
+    assert answer["aid_score"] == pytest.approx(score, abs=6e-4)
     assert (answer["suspicious"], answer["threshold"]) == (True, 0.5)
     assert (answer["model"], answer["digest"]) == ("colors@1", "d" * 64)
 
