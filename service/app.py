@@ -20,6 +20,7 @@ from service.cache import AnswerCache, MemoryCache
 from service.entropy import Entropy
 from service.errors import install_handlers
 from service.gateway import Gateway
+from service.jobs.routes import jobs
 from service.lag import watch_lag
 from service.loading import Loaded, load_engine
 from service.metrics import Metrics
@@ -35,6 +36,8 @@ from service.similarity import SimilarityWatch
 from service.uploads import ByteBudget, budget_bytes
 
 if TYPE_CHECKING:
+    from service.jobs.board import Board
+    from service.remote_queue import RemoteQueue
     from service.shared import Shared
 
 logger = logging.getLogger(__name__)
@@ -70,6 +73,7 @@ def create_app(settings: Settings, load: Callable[[Settings], Loaded] = load_eng
     app.state.gateway = gateway
     app.include_router(direct, dependencies=guards)
     app.include_router(catalog, dependencies=guards)
+    app.include_router(jobs, dependencies=guards)
     app.include_router(router)
     app.include_router(probes)
     app.include_router(oip_server)
@@ -125,6 +129,8 @@ def _lifespan(
             watching.cancel()
             loading.cancel()
             await asyncio.wait([loading])
+            if gateway.jobs is not None:
+                await gateway.jobs.stop()
             if gateway.batcher is not None:
                 await gateway.batcher.stop(gateway.drain_left_s())
             gateway.decoders.shutdown(wait=False, cancel_futures=True)
@@ -163,6 +169,18 @@ def _meet_workers(gateway: Gateway) -> None:
     gateway.metrics.watch(lambda: queue.depth, lambda: 0.0)
     queue.start()
     gateway.batcher = queue
+    gateway.jobs = _open_jobs(gateway, queue)
+
+
+def _open_jobs(gateway: Gateway, queue: RemoteQueue) -> Board:
+    from service.jobs.board import Board
+    from service.jobs.runner import Runner
+    from service.jobs.store import JobStore
+
+    store = JobStore(gateway.settings.redis_url.get_secret_value())
+    board = Board(gateway.settings, store, Runner(gateway, queue, store), gateway.metrics)
+    board.start()
+    return board
 
 
 async def _start_engine(gateway: Gateway, load: Callable[[Settings], Loaded]) -> None:

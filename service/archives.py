@@ -13,7 +13,7 @@ class Archive:
     """A zip that grows. Files are stored, not deflated: PNGs are compressed already. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._bytes = io.BytesIO()
+        self._bytes = _Tail()
         self._zip = ZipFile(self._bytes, "w", ZIP_STORED)
 
     @property
@@ -27,7 +27,35 @@ class Archive:
         entry.external_attr = READABLE
         self._zip.writestr(entry, data)
 
+    def take(self) -> bytes:
+        """What was added since the last time; it is not kept, and `finish` gives the rest."""
+        return self._bytes.take()
+
     def finish(self) -> bytes:
-        """The whole zip; nothing can be added any more."""
+        """The whole zip, or what of it was not taken; nothing can be added any more."""
         self._zip.close()
         return self._bytes.getvalue()
+
+
+class _Tail(io.BytesIO):
+    """The end of a file, whose beginning was taken. Positions count from the beginning.
+
+    A zip goes back to the head of the file that it adds, and never further.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._taken = 0
+
+    def tell(self) -> int:
+        return self._taken + super().tell()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._taken + super().seek(offset - self._taken if whence == io.SEEK_SET else offset, whence)
+
+    def take(self) -> bytes:
+        data = self.getvalue()
+        self._taken += len(data)
+        super().seek(0)
+        self.truncate(0)
+        return data

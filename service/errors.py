@@ -3,10 +3,11 @@
     ClarifierError
     ├── the key: Unauthorized, Forbidden
     ├── the message: HeadersTooLarge, EmptyBody, MalformedMultipart, MalformedJson, BadBase64, MalformedTensor,
-    │   BodyTooSlow, BodyTooLarge, UnsupportedMedia
+    │   MalformedZip, BodyTooSlow, BodyTooLarge, UnsupportedMedia
     ├── the image: UnsupportedFormat, TooManyPixels, Undecodable, Animated, ExtremeAspect
     ├── the question: InvalidParameter, InvalidInference, WrongField, UnknownModel, NoDetector, NotAcceptable,
     │   TooManyImages
+    ├── the job: NoJobs, UnknownJob, JobUnfinished, KeyReused
     ├── the moment: RateLimited, Overloaded, TooBusy, NotReady, Draining, DeadlineExceeded, ClientLeft
     └── ourselves: InferenceFailed, NotFinite
 
@@ -76,7 +77,7 @@ class Unauthorized(ClarifierError):
 
 class Forbidden(ClarifierError):
     """The key is known but has no right to what was asked: `explain` is for explain=true, `costly` for chains with
-    aid, zeropur or auto, the model's default chain too. Whoever runs the service grants rights."""
+    aid, zeropur or auto, the model's default chain too, `jobs` for jobs. Whoever runs the service grants rights."""
 
     code, status, title = "forbidden", 403, "the key may not do this"
 
@@ -115,15 +116,48 @@ class MalformedTensor(ClarifierError):
     code, status, title = "malformed_tensor", 400, "the binary tensors are malformed"
 
 
+class MalformedZip(ClarifierError):
+    """The zip cannot be read front to back: it is none, ends too early, is encrypted, packs a file by another method
+    than deflate, or stores one without its size before it."""
+
+    code, status, title = "malformed_zip", 400, "the zip is malformed"
+
+
 class UnknownModel(ClarifierError):
     """No bundle of that name and version is loaded. GET /models lists what is."""
 
     code, status, title = "unknown_model", 404, "there is no such model"
 
 
+class NoJobs(ClarifierError):
+    """This service answers images at once or not at all: jobs need CLARIFIER_QUEUE=redis."""
+
+    code, status, title = "no_jobs", 404, "there are no jobs here"
+
+
+class UnknownJob(ClarifierError):
+    """There is no such job: it was never made, was cancelled, has expired, or belongs to another key."""
+
+    code, status, title = "unknown_job", 404, "there is no such job"
+
+
+class JobUnfinished(ClarifierError):
+    """The job has no result yet: some of its images wait or run. GET /jobs/ID says how many are done. Try again after
+    the seconds of Retry-After."""
+
+    code, status, title = "job_unfinished", 409, "the job is not done"
+
+
+class KeyReused(ClarifierError):
+    """The Idempotency-Key has made a job of other images or parameters before. Send another key for another job."""
+
+    code, status, title = "idempotency_key_reused", 409, "the idempotency key was used for another job"
+
+
 class NotAcceptable(ClarifierError):
     """The answer cannot be made in any type that the Accept header allows: image/png, image/webp and
-    application/x-npy are what /purify makes, application/zip is what /purify/batch makes."""
+    application/x-npy are what /purify makes, application/zip is what /purify/batch makes; the result of a job is
+    application/jsonl or application/zip."""
 
     code, status, title = "not_acceptable", 406, "the accepted types cannot be produced"
 
@@ -135,13 +169,13 @@ class HeadersTooLarge(ClarifierError):
 
 
 class BodyTooSlow(ClarifierError):
-    """The body did not arrive within CLARIFIER_BODY_TIMEOUT_S."""
+    """The body did not arrive within CLARIFIER_BODY_TIMEOUT_S, or that of a job came too slowly."""
 
     code, status, title = "body_too_slow", 408, "the body did not arrive in time"
 
 
 class BodyTooLarge(ClarifierError):
-    """The upload has more bytes than CLARIFIER_MAX_IMAGE_BYTES allows."""
+    """The upload has more bytes than CLARIFIER_MAX_IMAGE_BYTES, or of a job CLARIFIER_MAX_JOB_BYTES, allows."""
 
     code, status, title = "body_too_large", 413, "the upload has too many bytes"
 
@@ -154,8 +188,8 @@ class TooManyPixels(ClarifierError):
 
 
 class TooManyImages(ClarifierError):
-    """The request holds more images than one request may, CLARIFIER_MAX_BATCH_SIZE, or than its rate limit ever lets
-    in at once."""
+    """The request holds more images than one request may, CLARIFIER_MAX_BATCH_SIZE, or a job, CLARIFIER_MAX_JOB_IMAGES,
+    or than its rate limit ever lets in at once."""
 
     code, status, title = "too_many_images", 413, "the request has too many images"
 
@@ -209,8 +243,8 @@ class InvalidInference(ClarifierError):
 
 
 class WrongField(ClarifierError):
-    """The multipart fields are not the expected ones: exactly one file, named `image`; on the batch routes one
-    or more, named `images`."""
+    """The multipart fields are not the expected ones: exactly one file, named `image`; on the batch routes and of a
+    job one or more, named `images`. Or there is no image in a zip."""
 
     code, status, title = "wrong_field", 422, "the form has the wrong fields"
 
@@ -229,7 +263,8 @@ class RateLimited(ClarifierError):
 
 
 class Overloaded(ClarifierError):
-    """Every place in the queue is taken, or the uploads and answers under way fill the memory that is meant for them.
+    """Every place in the queue is taken, or the uploads and answers under way fill the memory that is meant for them,
+    or as many jobs as CLARIFIER_MAX_JOBS are not done.
     Try again after the seconds of Retry-After."""
 
     code, status, title = "queue_full", 429, "the queue is full, try again shortly"
@@ -337,7 +372,7 @@ def answer_of(error: ClarifierError, scope: Scope) -> Response:
     record = record_of(scope)
     record.code = error.code
     headers = dict(error.headers)
-    if error.status in (429, 503):
+    if error.status in (429, 503) or error.retry_after_s:
         headers["Retry-After"] = str(int(error.retry_after_s) + random.randint(1, 3))
     return _response(problem_of(error, record.request_id), headers, scope)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from fastapi import Request
 
@@ -21,6 +22,9 @@ from service.repository import Catalog
 from service.settings import Settings
 from service.similarity import SimilarityWatch
 from service.uploads import ByteBudget
+
+if TYPE_CHECKING:  # it needs redis, which memory mode does not load
+    from service.jobs.board import Board
 
 STALE_BEAT_S = 2.0
 """An engine with nothing to do that is silent for longer is not ready."""
@@ -41,6 +45,8 @@ class Gateway:
     """None if everybody may ask as often as they like."""
     similarity: SimilarityWatch | None = None
     """None while nobody looks."""
+    jobs: Board | None = None
+    """None where there are none: they need a queue in Redis."""
     catalog: Catalog = field(default_factory=lambda: Catalog({}))
     batcher: Dispatcher | None = None
     draining: bool = False

@@ -127,7 +127,7 @@ def main() -> None:
     name, key = parser.parse_args().name, new_key()
     print(f"The key, shown this once: {key}", file=sys.stderr)
     print(f'\n[[key]]\nname = "{name}"\nsha256 = "{digest_of(key.encode()).hex()}"')
-    print('# rights = ["explain", "costly"]\n# rate_limit = "600/minute"')
+    print('# rights = ["explain", "costly", "jobs"]\n# rate_limit = "600/minute"')
 
 
 if __name__ == "__main__":

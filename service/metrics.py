@@ -57,6 +57,8 @@ class Metrics:
         self.device_memory = self._gauge("device_memory_bytes", "Allocated on the accelerator; 0 on a CPU.")
         self.redis_up = self._gauge("redis_up", "1 while Redis answers.")
         self.redis_errors = self._counter("redis_errors", "What failed with Redis.", ("op",))
+        self.jobs = self._gauge("jobs", "Jobs that are not done.")
+        self.job_images = self._counter("job_images", "Images of jobs that were answered here.", ("outcome",))
         self.model_info = self._gauge("model_info", "1 for each loaded bundle.", ("model", "digest", "device"))
         self.bundle_load = self._gauge("bundle_load_seconds", "That the last load of the repository took.")
         self.bundle_success = self._gauge("bundle_last_load_success", "0 if that left out a bundle, or failed.")

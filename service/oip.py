@@ -16,6 +16,7 @@ from fastapi import APIRouter, Request, Response
 from numpy.typing import NDArray
 from pydantic_core import to_json
 
+from service.answers import SCORE_DIGITS, top
 from service.downloads import Download, sending_time_s
 from service.errors import ClarifierError, InvalidInference, NotReady
 from service.gateway import gateway_of
@@ -38,7 +39,6 @@ from service.questions import (
 )
 from service.queue import Completed, Outcome
 from service.repository import DescribedBundle
-from service.routes import SCORE_DIGITS, top
 from service.uploads import QUICK_FORM_BYTES, batch_body_bytes, read_message
 from service.work import Classified, Floats, Operation, Pixels
 

@@ -62,6 +62,14 @@ Size = Annotated[
     Field(description="The model's input size, or the upload's own (finer detail is not purified)."),
 ]
 
+JobOperation = Annotated[
+    Literal["classify", "purify"], Field(description="What is done with each image: as by the route of that name.")
+]
+JobSize = Annotated[
+    Literal["model"],
+    Field(description="A job purifies at the model's input size; originals are not kept: see `/purify/batch`."),
+]
+
 
 class Parameters(BaseModel):
     """Frozen; a parameter that is not a field is an error."""
@@ -101,6 +109,18 @@ class PurifyParameters(DefenseParameters):
     votes: IgnoredVotes = 1
     top_k: IgnoredTopK = None
     explain: IgnoredExplain = False
+
+
+class JobParameters(ClassifyParameters):
+    """Of /jobs. For another operation than `classify`, what only that one has is without effect."""
+
+    operation: JobOperation = "classify"
+    size: JobSize = "model"
+
+    def asked(self) -> ClassifyParameters | PurifyParameters:
+        """The same as the route that answers such images at once has them."""
+        kind = ClassifyParameters if self.operation == "classify" else PurifyParameters
+        return kind(**self.model_dump(exclude={"operation", "size"}))
 
 
 class InferParameters(Parameters):

@@ -55,6 +55,8 @@ class Sent:
     digest: str
     entry: str | None = None
     """Its name in Redis, once it is there."""
+    spare: int = 0
+    """Places that must be free behind it for it to be queued."""
 
 
 class RemoteQueue(Dispatcher):
@@ -83,6 +85,7 @@ class RemoteQueue(Dispatcher):
         """By uid: entries that Redis did not know at the last look."""
         self._elsewhere = 0
         """Entries in Redis at the last look, those of all gateways."""
+        self._workers = 0
         self._digests: dict[str, str] = {}
         self._undescribed: Mapping[str, str] = {}
         """Digests by name: what workers serve, and nobody knows what it is."""
@@ -101,8 +104,15 @@ class RemoteQueue(Dispatcher):
     # --- a request's way
 
     def admit(
-        self, places: Places, key: Key, images: Sequence[Pixels], seeds: Sequence[int], deadline: float
+        self,
+        places: Places,
+        key: Key,
+        images: Sequence[Pixels],
+        seeds: Sequence[int],
+        deadline: float,
+        spare: int = 0,
     ) -> list[Item]:
+        """As every queue does; but Overloaded unless `spare` places are still free then."""
         self._check_running()
         digest = key.digest  # which a worker still takes for a while, even if it serves another one by now
         if digest not in self._bundles:
@@ -112,7 +122,7 @@ class RemoteQueue(Dispatcher):
         self._free(places)
         if not items:
             return items
-        request = [Sent(f"{self.name}-{next(self._numbers)}", item, digest) for item in items]
+        request = [Sent(f"{self.name}-{next(self._numbers)}", item, digest, spare=spare) for item in items]
         for sent in request:
             self._sent[sent.uid], self._uids[sent.item] = sent, sent.uid
         self._unsent.append(request)
@@ -163,6 +173,11 @@ class RemoteQueue(Dispatcher):
         await self._store.close()
 
     # --- facts, for probes and metrics
+
+    @property
+    def workers(self) -> int:
+        """How many were alive at the last look."""
+        return self._workers
 
     @property
     def depth(self) -> int:
@@ -233,6 +248,7 @@ class RemoteQueue(Dispatcher):
                 request[0].digest,
                 [self._pack(sent, 1000 * (sent.item.deadline - now)) for sent in request],
                 self._is_wanted(request),
+                request[0].spare,
             )
             for request in requests
         ]
@@ -328,6 +344,7 @@ class RemoteQueue(Dispatcher):
 
     async def _meet(self, roster: Mapping[str, Announcement]) -> None:
         """Serve what living workers serve. Where two disagree on a bundle, what more of them have is asked for."""
+        self._workers = len(roster)
         served = [(name, digest) for says in roster.values() for name, digest in says.bundles.items()]
         names = sorted({name for name, _ in served})
         digests = {

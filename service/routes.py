@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-import numpy as np
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 
+from service.answers import SCORE_DIGITS, classify_response
 from service.archives import Archive
 from service.downloads import Download
 from service.errors import (
@@ -69,7 +69,6 @@ from service.schemas import (
     PurifiedImage,
     PurifyBatchResponse,
     Timing,
-    Verdict,
 )
 from service.uploads import BATCH_BODY_IMAGES, Account
 from service.work import Classified, Detected, Floats, Operation, Pixels, Purified
@@ -85,9 +84,6 @@ IN_THE_ARCHIVE = (
     "failed; and `results.json`, the PurifyBatchResponse: `request_id`, `model`, `digest`, `defense`, and `results` "
     "with `status`, `file`, `linf` and `seed` of each image, or its problem"
 )
-DEFAULT_TOP_K = 5
-SCORE_DIGITS = 3
-"""Of AID's score: enough to watch it, too few for an attacker who climbs on its smallest changes."""
 
 
 direct = APIRouter(responses=problems(), tags=["images"])
@@ -233,34 +229,16 @@ def _classify_response(
 ) -> ClassifyResponse:
     classified = completed.answer
     assert isinstance(classified, Classified)
-    classes = question.manifest.classes
-    threshold = question.manifest.aid_threshold
-    score = classified.aid_score
-    verdicts = top(classified.probabilities, classes, question.parameters.top_k or DEFAULT_TOP_K)
-    first = verdicts[0]
-    undefended = classified.undefended
-    return ClassifyResponse(
-        request_id=question.record.request_id,
-        model=question.key.model,
+    return classify_response(
+        classified,
+        question.manifest,
+        key=question.key,
         digest=question.bundle.digest,
-        defense=question.key.defense,
-        ran=classified.ran or question.key.defense,
+        request_id=question.record.request_id,
+        top_k=question.parameters.top_k,
         seed=seed,
-        label=first["label"],
-        index=first["index"],
-        probability=first["probability"],
-        top=verdicts,
-        undefended=None if undefended is None else top(undefended, classes, 1)[0],
-        aid_score=None if score is None else round(score, SCORE_DIGITS),
-        suspicious=None if score is None or threshold is None else score < threshold,
         timing_ms=_timing(question, prepared, completed),
     )
-
-
-def top(probabilities: Floats, classes: tuple[str, ...], count: int) -> list[Verdict]:
-    """The `count` likeliest classes; of equals the first."""
-    order = np.argsort(-probabilities, kind="stable")[:count].tolist()
-    return [Verdict(label=classes[i], index=i, probability=float(probabilities[i])) for i in order]
 
 
 def _timing(question: Question[ModelParameters], prepared: Prepared, completed: Completed) -> Timing:

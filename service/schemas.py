@@ -6,6 +6,8 @@ take most of the time of making an answer.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
@@ -151,6 +153,24 @@ class ModelsResponse(Wire):
     default_model: str
     models: list[ModelInfo]
     refused: list[Refusal]
+
+
+class JobResponse(Wire):
+    """A job and how far it is."""
+
+    id: str
+    state: Literal["waiting", "running", "done"]
+    operation: Literal["classify", "purify"]
+    model: str
+    digest: str
+    defense: str
+    images: int
+    done: int
+    """Images that have their answer, the failed ones among them."""
+    failed: int
+    created: str
+    expires: str
+    """When it is forgotten, done or not."""
 
 
 class HealthResponse(Wire):

@@ -76,6 +76,14 @@ class Settings(BaseSettings):
     max_image_bytes: Annotated[int, Field(ge=1024)] = 10 * 1024 * 1024
     max_image_pixels: Annotated[int, Field(ge=1, le=500_000_000)] = 40_000_000
 
+    max_job_images: PositiveInt = 10_000
+    max_job_bytes: PositiveInt = 2**30
+    """Of a job's body, and of its images when they are prepared."""
+    max_jobs: Annotated[int, Field(ge=1, le=10_000)] = 64
+    """That are not done; one more is answered 429."""
+    job_ttl_s: Annotated[float, Field(ge=1, le=31_536_000)] = 86_400.0
+    """After it was made, a job and its result are forgotten."""
+
     cache_ttl_s: NonNegativeFloat = 0.0
     """How long an answer may serve for the same image and question again; 0: no answer is kept."""
     api_keys_file: Path | None = None

@@ -1,4 +1,5 @@
-"""Everything Redis: the names of keys, then one function for each use of the queue. `shared.py` holds the other uses.
+"""Everything Redis: the names of keys, then one function for each use of the queue. `shared.py` holds the other uses,
+except for jobs, whose keys and functions are in `jobs/store.py`.
 
 | key | type | what |
 |---|---|---|
@@ -116,6 +117,8 @@ class Request:
     entries: Sequence[Mapping[bytes, bytes]]
     wanted: bool = True
     """False: only tell what was added of it before."""
+    spare: int = 0
+    """Places that must be free behind them, or none is added."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +175,7 @@ class Store:
             for each in requests:
                 values = [part for fields in each.entries for pair in fields.items() for part in pair]
                 width = len(values) // len(each.entries)
-                most = limit if each.wanted else 0
+                most = limit - each.spare if each.wanted else 0
                 arguments: list[bytes | str | int] = [
                     number,
                     each.name,

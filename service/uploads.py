@@ -105,7 +105,7 @@ async def read_image(
     Raises UnsupportedMedia, EmptyBody, BodyTooLarge (declared: before reading; else at the first byte over),
     BodyTooSlow, DeadlineExceeded, Overloaded (the budget of `account`), MalformedMultipart, WrongField, and ClientLeft.
     """
-    content_type, boundary = _content_type(request)
+    content_type, boundary = content_type_of(request)
     if boundary is None:
         if content_type not in RAW_TYPES:
             raise UnsupportedMedia("send an image type, application/octet-stream or multipart/form-data")
@@ -134,7 +134,7 @@ async def read_images(
     BodyTooLarge in the place of one of more than `max_bytes`, UnsupportedMedia in that of one that is declared to be
     something else. Raises as `read_image`, and TooManyImages.
     """
-    _, boundary = _content_type(request)
+    _, boundary = content_type_of(request)
     if boundary is None:
         if request.headers.get("content-length", "0") == "0" and "transfer-encoding" not in request.headers:
             raise EmptyBody
@@ -148,7 +148,7 @@ async def read_message(
     request: Request, account: Account, media_types: Sequence[str], limit: int, timeout_s: float, deadline: float
 ) -> bytes:
     """The whole body of `request`, which must be of one of `media_types`. Raises as `read_image`."""
-    content_type, _ = _content_type(request)
+    content_type, _ = content_type_of(request)
     if content_type not in media_types:
         raise UnsupportedMedia(f"send {' or '.join(filter(None, media_types))}")
     return await _read(request, account, limit, timeout_s, deadline)
@@ -164,7 +164,7 @@ def batch_body_bytes(max_images: int, max_bytes: int) -> int:
     return BATCH_BODY_IMAGES * max_bytes + max_images * FRAMING_BYTES
 
 
-def _content_type(request: Request) -> tuple[str, bytes | None]:
+def content_type_of(request: Request) -> tuple[str, bytes | None]:
     """The content type, and the boundary if it is multipart. Raises UnsupportedMedia, MalformedMultipart."""
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise UnsupportedMedia("a Content-Encoding is not accepted: send the body as it is")
@@ -236,18 +236,18 @@ def _images_of(
     """
     images = list[Upload | ClarifierError]()
     for head, content in _parts(body, boundary, max_images + SPARE_PARTS):
-        declared = _check_part(head, field)
+        declared = check_part(head, field)
         if len(images) == max_images:
             raise _too_many(field, max_images)
         if field == "image" and not content:
             raise _wrong_field("image", "the file in the field image is empty")
-        images.append(_upload(content, declared, max_bytes))
+        images.append(checked_upload(content, declared, max_bytes))
     if not images:
         raise _wrong_field(field, f"a file named {field} is missing")
     return images
 
 
-def _upload(content: memoryview, declared: str, max_bytes: int) -> Upload | ClarifierError:
+def checked_upload(content: memoryview, declared: str, max_bytes: int) -> Upload | ClarifierError:
     if len(content) > max_bytes:
         return BodyTooLarge(f"an image may have {max_bytes} bytes", limit=max_bytes, actual=len(content))
     if not (declared in RAW_TYPES or declared.startswith("image/")):  # the bytes decide which kind of image
@@ -280,7 +280,7 @@ def _parts(body: bytes, boundary: bytes, max_parts: int) -> Iterator[tuple[bytes
         raise MalformedMultipart("too much follows the closing boundary")
 
 
-def _check_part(head: bytes, field: str) -> str:
+def check_part(head: bytes, field: str) -> str:
     """The declared type of a part. Raises MalformedMultipart or WrongField unless it is a file in `field`."""
     lines = head.split(b"\r\n")
     sound = all(b":" in line and line.count(b";") <= MAX_OPTIONS for line in lines)

@@ -16,13 +16,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from service.answers import top
 from service.bulk.places import Place
 from service.bulk.sources import Source, Unreadable, read_images
 from service.bulk.targets import IMAGES, Run, png_name, write_part
 from service.errors import BodyTooLarge, ClarifierError, EmptyBody, InferenceFailed
 from service.images import decode_image, encode_pixels, to_bytes
 from service.questions import FRESH_SEED_BITS
-from service.routes import top
 from service.work import Answer, Classified, EngineFault, Key, Operation, Pixels, Purified, Ran
 
 logger = logging.getLogger(__name__)

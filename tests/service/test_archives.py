@@ -36,6 +36,16 @@ def test_the_size_is_that_of_the_bytes_so_far_and_the_list_at_the_end_is_short(f
     assert held <= len(made.finish()) <= held + 100 * len(files) + 100
 
 
+@given(FILES, st.lists(st.booleans(), min_size=8, max_size=8))
+def test_what_is_taken_in_between_and_the_rest_are_the_whole(files: dict[str, bytes], taken: list[bool]) -> None:
+    made, pieces = Archive(), list[bytes]()
+    for (name, data), take in zip(files.items(), taken, strict=False):
+        made.add(name, data)
+        if take:
+            pieces.append(made.take())
+    assert b"".join([*pieces, made.finish()]) == archive(files).finish()
+
+
 def test_the_same_files_make_the_same_zip_and_can_be_read_when_unpacked() -> None:
     data = archive({"0.png": b"picture"}).finish()
     assert data == archive({"0.png": b"picture"}).finish()

@@ -104,7 +104,7 @@ def test_the_command_shows_a_key_once_and_prints_the_lines_to_add(tmp_path: Path
     assert keys[digest_of(key.encode())].rights == frozenset()
     path.write_text(path.read_text().replace("# rights", "rights").replace("# rate_limit", "rate_limit"))
     granted = read_keys(path)[digest_of(key.encode())]
-    assert granted.rights == frozenset({Right.EXPLAIN, Right.COSTLY})
+    assert granted.rights == frozenset(Right)
     assert granted.rate_limit
 
 

@@ -26,6 +26,7 @@ CONTRACT = {
     "cache_requests_total", "accepted_total", "answered_total", "cancelled_total",
     "bundle_load_seconds", "bundle_last_load_success",
     "query_similarity_alerts_total", "event_loop_lag_seconds",
+    "jobs", "job_images_total",
 }  # fmt: skip
 
 

@@ -20,6 +20,8 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
     assert (settings.request_timeout_ms, settings.body_timeout_s) == (30_000, 10)
     assert (settings.max_image_bytes, settings.max_image_pixels) == (10 * 2**20, 40_000_000)
     assert (settings.drain_delay_s, settings.drain_timeout_s) == (0, 25)
+    assert (settings.max_job_images, settings.max_job_bytes) == (10_000, 2**30)
+    assert (settings.max_jobs, settings.job_ttl_s) == (64, 86_400)
     assert settings.cache_ttl_s == 0
     assert (settings.api_keys_file, settings.rate_limit) == (None, None)
 
@@ -65,6 +67,10 @@ def test_row_79_an_unknown_name_is_refused(name: str, monkeypatch: pytest.Monkey
         ("CACHE_TTL_S", "-1"),
         ("MAX_IMAGE_BYTES", "10MB"),
         ("MAX_IMAGE_PIXELS", "0"),
+        ("MAX_JOB_IMAGES", "0"),
+        ("MAX_JOB_BYTES", "1GB"),
+        ("MAX_JOBS", "0"),
+        ("JOB_TTL_S", "0.5"),
         ("LOG_FORMAT", "xml"),
         ("LOG_LEVEL", "LOUD"),
         ("DEFAULT_MODEL", ""),
