@@ -49,6 +49,8 @@ class Batcher(Dispatcher):
         self._engine_name = engine_name
         self._metrics = metrics
         self._queue = BatchQueue(max_batch_size, max_queue_delay_ms / 1000)
+        self._coming: list[Item] = []
+        """Admitted in this turn of the event loop, whose thread alone uses it."""
         self._changed = threading.Condition()
         self._running: list[Item] = []
         self._hurrying = False
@@ -69,18 +71,32 @@ class Batcher(Dispatcher):
     ) -> list[Item]:
         items = new_items(key, images, seeds, deadline)
         assert len(items) <= places.count
-        with self._changed:
-            self._check_running()
-            self._free(places)
-            was_empty = not self._queue.depth
-            self._queue.add(items)
-            if was_empty or self._queue.is_full(key):  # else the engine thread has nothing new to decide
-                self._changed.notify()
+        self._check_running()
+        self._free(places)
+        if items and not self._coming:
+            asyncio.get_running_loop().call_soon(self._let_in)
+        self._coming += items
         return items
 
-    def _forget(self, items: Iterable[Item]) -> None:
+    def _let_in(self) -> None:
+        """Into the queue with what this turn of the event loop has admitted.
+
+        All at once: requests that come together are one batch, where the engine would else begin with the first.
+        """
+        coming, self._coming = self._coming, []
         with self._changed:
-            for item in items:
+            was_empty = not self._queue.depth
+            self._queue.add(coming)
+            if was_empty or any(self._queue.is_full(key) for key in {item.key for item in coming}):
+                self._changed.notify()  # else the engine thread has nothing new to decide
+        if coming and not self._thread.is_alive():
+            self.abandon(NotReady("the engine has stopped"))
+
+    def _forget(self, items: Iterable[Item]) -> None:
+        forgotten = set(items)
+        self._coming = [item for item in self._coming if item not in forgotten]
+        with self._changed:
+            for item in forgotten:
                 self._queue.discard(item)
 
     def drain(self) -> None:
@@ -90,6 +106,7 @@ class Batcher(Dispatcher):
 
     def finish(self) -> None:
         """Nobody else will come: the engine thread ends when the queue is empty."""
+        self._let_in()
         self.drain()
         with self._changed:
             self._finishing = True
@@ -104,14 +121,15 @@ class Batcher(Dispatcher):
     def abandon(self, error: ClarifierError) -> None:
         """Answer `error` to everybody who waits or runs."""
         with self._changed:
-            items = [*self._queue.clear(), *self._running]
+            items = [*self._coming, *self._queue.clear(), *self._running]
+        self._coming = []
         deliver([(item, error) for item in items])
 
     # --- facts, for probes and metrics
 
     @property
     def depth(self) -> int:
-        return self._queue.depth
+        return self._queue.depth + len(self._coming)
 
     @property
     def alive(self) -> bool:

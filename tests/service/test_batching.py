@@ -142,6 +142,31 @@ def test_everybody_gets_their_own_answer_and_its_costs() -> None:
     asyncio.run(scenario())
 
 
+def test_what_one_turn_of_the_event_loop_admits_is_one_batch() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        async with started(engine, max_queue_delay_ms=0) as batcher:
+            asked = [admit(batcher, [value]) for value in (1, 2, 3)]
+            assert batcher.depth == 3
+            batcher.withdraw(asked.pop(1))
+            assert batcher.depth == 2
+            assert [(await answer(batcher, one)).batch_size for one in asked] == [2, 2]
+        assert engine.batches == [[1, 3]]
+
+    asyncio.run(scenario())
+
+
+def test_what_was_admitted_in_the_turn_of_the_end_is_answered() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        async with started(engine) as batcher:
+            last = admit(batcher, [1])
+            batcher.finish()
+            assert (await answer(batcher, last)).batch_size == 1
+
+    asyncio.run(scenario())
+
+
 def test_waiting_items_are_batched_while_the_engine_is_busy() -> None:
     async def scenario() -> None:
         engine = FakeEngine()

@@ -30,7 +30,7 @@ def test_every_route_is_answered_by_a_worker(shared: tuple[Farm, Server]) -> Non
     assert answer["digest"] == EchoBundle().digest
     assert (answer["aid_score"], answer["undefended"]["label"], answer["seed"]) == (0.5, "green", 7)
     assert answer["timing_ms"]["queue"] > 0
-    assert server.client.post("/detect", content=GOOD).json()["aid_score"] == pytest.approx(green().mean() / 255)
+    assert server.client.post("/detect", content=GOOD).json()["aid_score"] == round(green().mean() / 255, 3)
     purified = server.client.post("/purify", content=GOOD, headers={"Accept": "application/x-npy"})
     assert purified.status_code == 200
     assert [model["name"] for model in server.client.get("/models").json()["models"]] == ["colors"]
