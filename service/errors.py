@@ -382,7 +382,15 @@ async def _answer_framework(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 400
     status = status if status in PAGES_OF_THE_FRAMEWORK else 400
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
+    if status == 405:
+        headers["Allow"] = _allowed(request, headers.get("Allow", ""))
     return _response(_framework_problem(request, status), headers, request.scope)
+
+
+def _allowed(request: Request, found: str) -> str:
+    """The methods of a path: the framework names those of the first of its routes, OpenAPI knows them all."""
+    operations = request.app.openapi()["paths"].get(getattr(request.scope.get("route"), "path", ""), {})
+    return ", ".join(sorted({*filter(None, found.split(", ")), *map(str.upper, operations)}))
 
 
 async def _answer_unforeseen(request: Request, error: Exception) -> Response:

@@ -94,6 +94,13 @@ def test_errors_of_the_framework_have_the_same_shape(
     assert ("allow" in response.headers) == (status == 405)
 
 
+@pytest.mark.parametrize(
+    ("path", "methods"), [("/classify", "POST"), ("/jobs/1", "DELETE, GET"), ("/livez", "GET, HEAD")]
+)
+def test_a_refusal_of_a_method_names_every_other(service: Running, path: str, methods: str) -> None:
+    assert service.client.request("PATCH", path).headers["allow"] == methods
+
+
 def test_an_unforeseen_error_is_500_and_says_nothing(
     service: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
