@@ -23,8 +23,8 @@ from models.atop import AtopPurifier, build_inpainter
 from models.classifiers import Classifier, build_classifier
 from models.defense import DefendedClassifier, Purifier, Seed
 from models.files import replace_text
-from models.gate import GatePurifier
-from models.manifest import AidSpec, AtopSpec, AutoPreset, AutoSpec, Manifest, ZeroPurSpec
+from models.gate import DecidedGate, GatePurifier
+from models.manifest import AidSpec, AtopSpec, AutoSpec, Manifest, ZeroPurSpec
 from models.packed import packed_twin
 from models.recorded import record_forward
 from models.zeropur import ZeroPurPurifier
@@ -139,36 +139,45 @@ class Bundle:
     def purify(self, defense: str, images: Tensor, seed: Seed = None, ran: Sequence[str] | None = None) -> Tensor:
         """Images (N, 3, H, W) in [0, 1] after the chain; same shape and range. No gradient is kept.
 
-        `ran` is what the method of that name said of these images, so that `auto` does not score them again.
+        `ran` tells `auto` which of its two chains to run for each image, so that it does not score them: what the
+        method of that name said, or another choice.
         """
-        defended = self.defended(defense, seed=seed)
-        seeds = defended.seeds_for(images)
-        gate = next(iter(defended.chain), None)
-        if ran is None or not isinstance(gate, GatePurifier):
-            return defended.purify(images, seeds)
-        strong = self._gate_preset(defense).strong
-        suspects = torch.tensor([chain == strong for chain in ran], device=images.device)
-        return gate.routed(images, defended.step_seeds(seeds, 0, 0), suspects)
+        defended = self._decided(defense, images, 1, seed, ran)
+        return defended.purify(images, defended.seeds_for(images))
 
     @torch.no_grad()
-    def probabilities(self, defense: str, images: Tensor, votes: int = 1, seed: Seed = None) -> Tensor:
-        """Probabilities (N, K) behind the chain, averaged over `votes` draws. No gradient is kept."""
-        logits: Tensor = self.defended(defense, votes=votes, seed=seed)(images)
+    def probabilities(
+        self, defense: str, images: Tensor, votes: int = 1, seed: Seed = None, ran: Sequence[str] | None = None
+    ) -> Tensor:
+        """Probabilities (N, K) behind the chain, averaged over `votes` draws. No gradient is kept.
+
+        `ran` as in `purify`.
+        """
+        logits: Tensor = self._decided(defense, images, votes, seed, ran)(images)
         return logits.softmax(1)
 
-    def _gate_preset(self, defense: str) -> AutoPreset:
-        ((_, preset),) = self.manifest.chain(defense)
-        assert self.manifest.defenses.auto is not None
-        return self.manifest.defenses.auto.presets[preset]
+    def _decided(
+        self, defense: str, images: Tensor, votes: int, seed: Seed, ran: Sequence[str] | None
+    ) -> DefendedClassifier:
+        """As `defended`; where `ran` says so, `auto` runs these chains for `images`."""
+        preset = self.manifest.gate(defense)
+        if ran is None or preset is None:
+            return self.defended(defense, votes, seed)
+        (gate,) = self._chain(defense)
+        assert isinstance(gate, GatePurifier)
+        suspects = torch.tensor([chain == preset.strong for chain in ran], device=images.device)
+        decided = [DecidedGate(gate, suspects)]
+        return DefendedClassifier(self._classifier_twin, decided, votes=votes, seed=seed).eval()
 
     @torch.no_grad()
     def ran(self, defense: str, images: Tensor) -> list[str]:
         """For every image (N, 3, H, W), the chain that `auto` chooses for it; any other defense is itself."""
-        (gate,) = self._chain(defense) if defense.partition(":")[0] == "auto" else (None,)
-        if not isinstance(gate, GatePurifier):
+        preset = self.manifest.gate(defense)
+        if preset is None:
             return [defense] * len(images)
-        chains = self._gate_preset(defense)
-        return [chains.strong if suspect else chains.cheap for suspect in gate.suspects(images).tolist()]
+        (gate,) = self._chain(defense)
+        assert isinstance(gate, GatePurifier)
+        return [preset.strong if suspect else preset.cheap for suspect in gate.suspects(images).tolist()]
 
     @torch.no_grad()
     def aid_score(self, images: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class GatePurifier(nn.Module):
         return self.routed(images, seeds, self.suspects(images))
 
     def routed(self, images: Tensor, seeds: Sequence[int], suspects: Tensor) -> Tensor:
-        """The same where it is known already which images are suspects, bool (N,)."""
+        """The same where these are the suspects, bool (N,)."""
         purified = images
         for chain, name, members in ((self.cheap, "cheap", ~suspects), (self.strong, "strong", suspects)):
             where = members.nonzero().flatten()
@@ -48,6 +48,22 @@ class GatePurifier(nn.Module):
                 own = [seeds[index] for index in where.tolist()]
                 purified = purified.index_copy(0, where, _through(chain, name, images[where], own))
         return purified
+
+
+class DecidedGate(nn.Module):
+    """A gate that need not look: it is known already which images are suspects, bool (N,)."""
+
+    def __init__(self, gate: GatePurifier, suspects: Tensor) -> None:
+        super().__init__()
+        self.gate, self.suspects = gate, suspects
+
+    @property
+    def is_random(self) -> bool:
+        return self.gate.is_random
+
+    def forward(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        """What the gate's `forward` gives where it decides like this."""
+        return self.gate.routed(images, seeds, self.suspects)
 
 
 def _through(chain: nn.ModuleList, name: str, images: Tensor, seeds: Sequence[int]) -> Tensor:

@@ -337,6 +337,13 @@ class Manifest(Strict):
             raise UnknownDefense("auto stands alone, not in a chain: its presets name chains")
         return steps
 
+    def gate(self, defense: str) -> AutoPreset | None:
+        """What decides image by image where the defense is `auto`, else None. Raises UnknownDefense."""
+        chain = self.chain(defense)
+        if self.defenses.auto is None or len(chain) != 1 or chain[0][0] != "auto":
+            return None
+        return self.defenses.auto.presets[chain[0][1]]
+
     def is_random(self, defense: str) -> bool:
         """Whether the chain draws anything, so that its answer depends on a seed. Raises UnknownDefense."""
         return any(self._draws(name, preset) for name, preset in self.chain(defense))

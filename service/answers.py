@@ -34,6 +34,7 @@ def classify_response(
         digest=digest,
         defense=key.defense,
         ran=classified.ran or key.defense,
+        degraded=classified.degraded,
         seed=seed,
         label=first["label"],
         index=first["index"],

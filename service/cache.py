@@ -1,7 +1,8 @@
 """Answers that the engine gave before, for images that come again. Off unless CLARIFIER_CACHE_TTL_S is set.
 
 What is kept is the engine's answer, so request id, timing and `top_k` are each request's own; and only an answer that
-would be the same again: of a chain that draws nothing, or of a request with a seed. Errors are not kept.
+would be the same again: of a chain that draws nothing, or of a request with a seed. Errors and
+degraded answers are not kept.
 """
 
 from __future__ import annotations

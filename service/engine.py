@@ -13,6 +13,7 @@ from torch import Tensor
 
 from models.manifest import Manifest
 from service.errors import ClarifierError, NotFinite
+from service.tokens import TokenBucket
 from service.work import Answer, Classified, Detected, EngineFault, Floats, Key, Operation, Pixels, Purified, Ran
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,12 @@ class LoadedBundle(Protocol):
     def digest(self) -> str: ...
 
     def probabilities(
-        self, defense: str, images: Tensor, votes: int = 1, seed: int | Sequence[int] | None = None
+        self,
+        defense: str,
+        images: Tensor,
+        votes: int = 1,
+        seed: int | Sequence[int] | None = None,
+        ran: Sequence[str] | None = None,
     ) -> Tensor:
         """(N, K)."""
 
@@ -49,17 +55,23 @@ class LoadedBundle(Protocol):
         """(N,)."""
 
     def ran(self, defense: str, images: Tensor) -> list[str]:
-        """The chain that ran for each image."""
+        """The chain that `auto` chooses for each image."""
 
 
 NOTHING: Mapping[str, LoadedBundle] = {}
 
 
 class Engine:
-    """Runs batches on `device`. `bundles` maps `name@version` to a bundle that is there already."""
+    """Runs batches on `device`. `bundles` maps `name@version` to a bundle that is there already.
 
-    def __init__(self, bundles: Mapping[str, LoadedBundle], device: torch.device) -> None:
+    `strong` has a token for each run of a strong chain that `auto` may choose; without it, as many as it likes.
+    """
+
+    def __init__(
+        self, bundles: Mapping[str, LoadedBundle], device: torch.device, strong: TokenBucket | None = None
+    ) -> None:
         self.device = device
+        self._strong = strong
         self.hold(bundles)
 
     def hold(self, bundles: Mapping[str, LoadedBundle], before: Mapping[str, LoadedBundle] = NOTHING) -> None:
@@ -116,10 +128,8 @@ class Engine:
         bundle = self._find(key)
         started = time.monotonic()
         purified: Tensor | None = None
-        ran: Sequence[str] | None = None
         stage_ms = dict[str, float]()
-        if key.defense.startswith("auto") and key.operation is Operation.CLASSIFY:
-            ran = bundle.ran(key.defense, images)
+        ran, degraded = self._choose(bundle, key, images)
         if _is_purified_apart(key):
             purified = bundle.purify(key.defense, images, seed=seeds, ran=ran)
             self._wait_for_device()
@@ -128,13 +138,26 @@ class Engine:
         match key.operation:
             case Operation.PURIFY:
                 assert purified is not None
-                return Ran(_distances(images, purified), stage_ms)
+                return Ran(_distances(images, purified, degraded), stage_ms)
             case Operation.DETECT:
                 outcomes = _detect(bundle, images)
             case Operation.CLASSIFY:
-                outcomes = _classify(bundle, key, images, purified, seeds, ran)
+                outcomes = _classify(bundle, key, images, purified, seeds, ran, degraded)
         stage_ms["classify"] = 1000 * (time.monotonic() - started)
         return Ran(outcomes, stage_ms)
+
+    def _choose(self, bundle: LoadedBundle, key: Key, images: Tensor) -> tuple[Sequence[str] | None, Sequence[bool]]:
+        """The chain that `auto` runs for each image, None for any other defense; and which images are degraded to the
+        cheap one. Every vote is a run of its own.
+        """
+        gate = bundle.manifest.gate(key.defense)
+        if gate is None:
+            return None, [False] * len(images)
+        chosen = bundle.ran(key.defense, images)
+        if self._strong is None:
+            return chosen, [False] * len(images)
+        degraded = [chain == gate.strong and not self._strong.take(key.votes) for chain in chosen]
+        return [gate.cheap if less else chain for chain, less in zip(chosen, degraded, strict=True)], degraded
 
     def _wait_for_device(self) -> None:
         """Let queued kernels end, so that a stage's time is its own."""
@@ -156,10 +179,11 @@ def _classify(
     purified: Tensor | None,
     seeds: Sequence[int],
     ran: Sequence[str] | None,
+    degraded: Sequence[bool],
 ) -> list[Answer | ClarifierError]:
     """`purified` is None where nothing is purified or each vote is; `ran` where the defense is not `auto`."""
     if purified is None:
-        probabilities = _on_host(bundle.probabilities(key.defense, images, votes=key.votes, seed=seeds))
+        probabilities = _on_host(bundle.probabilities(key.defense, images, votes=key.votes, seed=seeds, ran=ran))
     else:
         probabilities = _on_host(bundle.probabilities("none", purified, votes=1, seed=seeds))
     undefended: Sequence[Floats | None] = [None] * len(images)
@@ -173,7 +197,8 @@ def _classify(
     judged: Sequence[Floats | None] = [None] * len(images)
     if key.purified:
         judged = list(_pictures(images if purified is None else purified))
-    answers = [Classified(*parts) for parts in zip(probabilities, undefended, scores, chains, judged, strict=True)]
+    parts = zip(probabilities, undefended, scores, chains, judged, degraded, strict=True)
+    answers = [Classified(*part) for part in parts]
     return [answer if _is_finite(answer) else NotFinite() for answer in answers]
 
 
@@ -182,12 +207,12 @@ def _detect(bundle: LoadedBundle, images: Tensor) -> list[Answer | ClarifierErro
     return [Detected(float(score)) if np.isfinite(score) else NotFinite() for score in scores]
 
 
-def _distances(images: Tensor, purified: Tensor) -> list[Answer | ClarifierError]:
+def _distances(images: Tensor, purified: Tensor, degraded: Sequence[bool]) -> list[Answer | ClarifierError]:
     """The purified images on the host, each with its distance to what it was."""
     distances = _on_host((purified - images).abs().flatten(1).amax(1))
     return [
-        Purified(picture, float(distance)) if np.isfinite(picture).all() else NotFinite()
-        for picture, distance in zip(_pictures(purified), distances, strict=True)
+        Purified(picture, float(distance), less) if np.isfinite(picture).all() else NotFinite()
+        for picture, distance, less in zip(_pictures(purified), distances, degraded, strict=True)
     ]
 
 

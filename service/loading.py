@@ -71,6 +71,7 @@ def load_engine(settings: Settings) -> Loaded:
     """Load the model repository and warm it up, in this process with torch. Takes seconds."""
     from models import Bundle, check_bundle, load_bundle
     from service.engine import Engine, choose_device
+    from service.tokens import strong_tokens
 
     device = choose_device(settings.device)
     # An accelerator is tuned for full batches too; on a CPU a full batch of a slow defense takes seconds.
@@ -87,7 +88,7 @@ def load_engine(settings: Settings) -> Loaded:
 
     directory, pixels = settings.model_repository, settings.max_image_pixels
     renew = partial(renew_repository, directory, load, check_bundle, warm, pixels)
-    host: Host[Bundle] = Engine({}, device)
+    host: Host[Bundle] = Engine({}, device, strong_tokens(settings))
     return load_into(host, renew, engine="torch", device=str(device))
 
 

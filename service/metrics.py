@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.exposition import generate_latest
 
 from service.record import Record
-from service.work import Classified, Detected, Purified
+from service.work import Classified, Detected, Purified, is_degraded
 
 M = TypeVar("M", Counter, Histogram)
 
@@ -47,6 +47,9 @@ class Metrics:
         self.mislabeled = self._counter("mislabeled", "Images of another kind than was declared.", ())
         self.aid_score = self._histogram("aid_score", "1 natural, 0 adversarial.", (), SCORES)
         self.suspicious = self._counter("suspicious", "Images below their bundle's AID threshold.", ("model",))
+        self.auto_degraded = self._counter(
+            "auto_degraded", "Images for which `auto` ran its cheap chain beyond its cap.", ("model",)
+        )
         self.flips = self._counter("flips", "Defended label differs from the undefended.", ("model", "defense"))
         self.predictions = self._counter("predictions", "Defended labels.", ("model", "label"))
         self.event_loop_lag = self._histogram("event_loop_lag_seconds", "How late it was, four times a second.", ())
@@ -115,6 +118,8 @@ class Metrics:
         threshold: float | None,
     ) -> None:
         """What an answer says about the image: the attack watch."""
+        if is_degraded(answer):
+            self.auto_degraded.labels(record.model).inc()
         if isinstance(answer, Classified):
             index = int(answer.probabilities.argmax())
             label = classes[index] if len(classes) <= MAX_LABELLED_CLASSES else "other"

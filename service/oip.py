@@ -253,12 +253,11 @@ def _body(
     question: Question[ClassifyParameters], inference: Inference, completed: Sequence[Completed], seeds: Sequence[int]
 ) -> tuple[bytes, int | None]:
     manifest = question.manifest
-    head = {
-        "model_name": manifest.name,
-        "model_version": manifest.version,
-        "parameters": {"defense": question.key.defense, "digest": question.bundle.digest},
-    }
     answers = [one.answer for one in completed if isinstance(one.answer, Classified)]
+    parameters: dict[str, object] = {"defense": question.key.defense, "digest": question.bundle.digest}
+    if any(answer.degraded for answer in answers):
+        parameters["degraded"] = True
+    head = {"model_name": manifest.name, "model_version": manifest.version, "parameters": parameters}
     tensors = [_tensor(output, answers, seeds, manifest.classes) for output in inference.outputs]
     return write_response(head, inference, tensors)
 

@@ -59,6 +59,10 @@ PURIFIED_HEADERS = {
     "X-Clarifier-Defense": {"schema": {"type": "string"}, "description": "The canonical chain"},
     "X-Clarifier-Linf": {"schema": {"type": "number"}, "description": "Largest change of a sample, before rounding"},
     "X-Clarifier-Seed": {"schema": {"type": "integer"}, "description": "The seed that was used"},
+    "X-Clarifier-Degraded": {
+        "schema": {"const": "true"},
+        "description": "Only if `auto` ran its cheap chain because the strong one was asked for too often",
+    },
 }
 
 

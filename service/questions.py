@@ -39,7 +39,7 @@ from service.record import Record, record_of
 from service.repository import Catalog, DescribedBundle
 from service.uploads import Account, read_image, read_images
 from service.wire import fits
-from service.work import Answer, Key, Operation, Pixels
+from service.work import Answer, Key, Operation, Pixels, is_degraded
 
 logger = logging.getLogger(__name__)
 
@@ -314,7 +314,11 @@ async def _find_or_run(
     counter.labels("miss").inc(len(new))
     counter.labels("hit").inc(len(found) - len(new))
     ran = await _run(question, request, [images[place] for place in new], [seeds[place] for place in new])
-    answers = {keys[place]: one.answer for place, one in zip(new, ran, strict=True) if isinstance(one, Completed)}
+    answers = {
+        keys[place]: one.answer
+        for place, one in zip(new, ran, strict=True)
+        if isinstance(one, Completed) and not is_degraded(one.answer)
+    }
     if answers:
         await cache.keep(answers)
     rest = iter(ran)

@@ -82,7 +82,7 @@ ARCHIVE_TYPES = ("application/zip",)
 IN_THE_ARCHIVE = (
     "A zip of `0.png`, `1.png`, ... in the order of the images; `INDEX.json`, a problem, in the place of one that "
     "failed; and `results.json`, the PurifyBatchResponse: `request_id`, `model`, `digest`, `defense`, and `results` "
-    "with `status`, `file`, `linf` and `seed` of each image, or its problem"
+    "with `status`, `file`, `linf`, `seed` and `degraded` of each image, or its problem"
 )
 
 
@@ -154,6 +154,8 @@ async def purify(request: Request) -> Response:
             "X-Clarifier-Linf": f"{purified.linf:.6f}",
             "X-Clarifier-Seed": str(seed),
         }
+        if purified.degraded:
+            headers["X-Clarifier-Degraded"] = "true"
         return _download(question, body, headers, media_type)
 
 
@@ -374,7 +376,9 @@ async def _add_picture(
     except ClarifierError as error:
         return error
     question.record.time("encode", 1000 * (time.monotonic() - started))
-    return PurifiedImage(status=200, file=name, linf=round(purified.linf, 6), seed=answered.seed)
+    return PurifiedImage(
+        status=200, file=name, linf=round(purified.linf, 6), seed=answered.seed, degraded=purified.degraded
+    )
 
 
 # --- what is served

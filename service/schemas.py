@@ -66,6 +66,8 @@ class ClassifyResponse(TypedDict):
     defense: str
     ran: str
     """The chain that ran: `defense` itself, or what `auto` chose for this image."""
+    degraded: bool
+    """Whether that is the cheap chain of `auto` because its strong one was asked for too often."""
     seed: int
     """The seed that was used: with it the same image gives the same answer again."""
     label: str
@@ -106,6 +108,8 @@ class PurifiedImage(TypedDict):
     file: str
     linf: float
     seed: int
+    degraded: bool
+    """As of /classify."""
 
 
 class PurifyBatchResponse(TypedDict):

@@ -63,6 +63,8 @@ class Settings(BaseSettings):
 
     max_batch_size: Annotated[int, Field(ge=1, le=1024)] = 32
     """Images that run together; also the most images of one `/classify/batch` or `/purify/batch`."""
+    auto_strong_per_s: NonNegativeFloat = 0.0
+    """Images for which an engine may run a strong chain of `auto`; beyond it they get the cheap one. 0: all may."""
     max_queue_delay_ms: NonNegativeFloat = 0.0
     """How long the oldest image waits for company before its batch leaves unfilled, while the engine has nothing to do.
     While it runs, company gathers by itself."""

@@ -111,12 +111,14 @@ def pack_reply(uid: str, outcome: Outcome) -> dict[bytes, bytes]:
     }
     match outcome.answer:
         case Classified() as answer:
-            head |= {"kind": "classified", "aid_score": answer.aid_score, "ran": answer.ran}
+            head |= {"kind": "classified", "aid_score": answer.aid_score}
+            head |= {"ran": answer.ran, "degraded": answer.degraded}
             return _pack(
                 head, probabilities=answer.probabilities, undefended=answer.undefended, purified=answer.purified
             )
         case Purified() as answer:
-            return _pack({**head, "kind": "purified", "linf": answer.linf}, image=answer.image)
+            head |= {"kind": "purified", "linf": answer.linf, "degraded": answer.degraded}
+            return _pack(head, image=answer.image)
         case Detected() as answer:
             return _pack({**head, "kind": "detected", "aid_score": answer.aid_score})
 
@@ -174,9 +176,15 @@ def fits(answer: Answer, key: Key, manifest: Manifest) -> bool:
                 and (answer.purified is None or _are_fractions(answer.purified, picture))
                 and (answer.aid_score is None or 0 <= answer.aid_score <= 1)
                 and (answer.ran is None or _is_defense(answer.ran, manifest))
+                and (not answer.degraded or _is_cheap(answer.ran, key, manifest))
             )
-        case Purified(image, linf):
-            return key.operation is Operation.PURIFY and _are_fractions(image, picture) and 0 <= linf <= 1 + ROUNDING
+        case Purified(image, linf, degraded):
+            return (
+                key.operation is Operation.PURIFY
+                and _are_fractions(image, picture)
+                and 0 <= linf <= 1 + ROUNDING
+                and (not degraded or manifest.gate(key.defense) is not None)
+            )
         case Detected(score):
             return key.operation is Operation.DETECT and 0 <= score <= 1
 
@@ -195,6 +203,11 @@ def _is_defense(chain: str, manifest: Manifest) -> bool:
     return True
 
 
+def _is_cheap(chain: str | None, key: Key, manifest: Manifest) -> bool:
+    gate = manifest.gate(key.defense)
+    return gate is not None and chain == gate.cheap
+
+
 def _answer(head: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Answer:
     match head["kind"]:
         case "classified":
@@ -205,9 +218,10 @@ def _answer(head: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Answ
                 None if score is None else _finite(score),
                 None if ran is None else _text(ran),
                 arrays.get("purified"),
+                _truth(head["degraded"]),
             )
         case "purified":
-            return Purified(arrays["image"], _finite(head["linf"]))
+            return Purified(arrays["image"], _finite(head["linf"]), _truth(head["degraded"]))
         case "detected":
             return Detected(_finite(head["aid_score"]))
     raise ValueError("kind")

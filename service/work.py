@@ -52,9 +52,11 @@ class Classified:
     undefended: Floats | None = None
     aid_score: float | None = None
     ran: str | None = None
-    """The chain that `auto` chose; None where the defense itself ran."""
+    """The chain that `auto` ran; None where the defense itself ran."""
     purified: Floats | None = None
     """The image (H, W, 3) in [0, 1] that was judged, where it was asked for."""
+    degraded: bool = False
+    """Whether `auto` ran its cheap chain in place of the strong one, which was asked for too often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,8 @@ class Purified:
 
     image: Floats
     linf: float
+    degraded: bool = False
+    """As of Classified."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,11 @@ class Detected:
 
 
 Answer = Classified | Purified | Detected
+
+
+def is_degraded(answer: Answer) -> bool:
+    """Whether a later one to the same question could be a stronger defense's."""
+    return not isinstance(answer, Detected) and answer.degraded
 
 
 @dataclass(frozen=True, slots=True)

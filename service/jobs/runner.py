@@ -299,7 +299,13 @@ class Runner:
         record = Record(spec.request_id, model=spec.model, defense=spec.defense)
         self._metrics.count_answer(record, answer, manifest.classes, manifest.aid_threshold)
         if isinstance(answer, Purified):
-            entry = PurifiedImage(status=200, file=f"{each.number}.png", linf=round(answer.linf, 6), seed=each.seed)
+            entry = PurifiedImage(
+                status=200,
+                file=f"{each.number}.png",
+                linf=round(answer.linf, 6),
+                seed=each.seed,
+                degraded=answer.degraded,
+            )
             return pack_entry(entry, encode_image(answer.image, "image/png"))
         assert isinstance(answer, Classified)
         return pack_entry(

@@ -117,6 +117,29 @@ def test_what_is_known_already_is_not_scored_again(monkeypatch: pytest.MonkeyPat
     assert torch.equal(bundle.purify("auto", IMAGES, seed=3, ran=ran), expected)
 
 
+@pytest.mark.parametrize("votes", [1, 3])
+@pytest.mark.parametrize("choice", ["none", "as it says"])
+def test_every_vote_takes_the_chains_that_it_is_told(votes: int, choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, _ = gated("zeropur:coarse", "atop")
+    ran = bundle.ran("auto", IMAGES) if choice != "none" else ["atop"] * 6
+    same = bundle if choice != "none" else with_auto(tiny_bundle(), 0.0, strong="zeropur:coarse", cheap="atop")
+    expected = same.probabilities("auto", IMAGES, votes=votes, seed=3)
+
+    def never(self: Aid, images: Tensor) -> Tensor:
+        raise AssertionError("it was scored again")
+
+    monkeypatch.setattr(Aid, "forward", never)
+    torch.testing.assert_close(bundle.probabilities("auto", IMAGES, votes=votes, seed=3, ran=ran), expected)
+
+
+def test_a_manifest_says_what_decides() -> None:
+    manifest = gated()[0].manifest
+    assert manifest.defenses.auto is not None
+    assert manifest.gate("auto") is manifest.gate("auto:gate") is manifest.defenses.auto.presets["gate"]
+    assert [manifest.gate(chain) for chain in ("none", "atop", "zeropur:coarse", "atop,aid")] == [None] * 4
+    assert tiny_manifest().gate("atop") is None
+
+
 @pytest.mark.parametrize(("strong", "cheap", "random"), [("zeropur", "none", False), ("zeropur", "atop", True)])
 def test_auto_is_random_if_one_of_its_chains_is(strong: str, cheap: str, random: bool) -> None:
     bundle, _ = gated(strong, cheap)

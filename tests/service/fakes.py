@@ -21,6 +21,7 @@ from service.engine import Engine
 from service.loading import Loaded
 from service.repository import Catalog
 from service.settings import Settings
+from service.tokens import TokenBucket
 from service.work import Pixels
 from tests.service.manifests import SIDE, fake_manifest
 
@@ -40,7 +41,7 @@ class FakeBundle:
     """The class is the brightest channel; `atop` adds seeded noise, other defenses turn images upside down.
 
     The AID score is an image's mean. `gate` holds batches while it is cleared; `batches` lists their sizes.
-    Without `misbehaves` no image is marked.
+    Without `misbehaves` no image is marked. Of the chains that `auto` runs, `none` leaves images as they are.
     """
 
     def __init__(self, manifest: Manifest | None = None) -> None:
@@ -56,11 +57,16 @@ class FakeBundle:
         self.misbehaves = True
 
     def probabilities(
-        self, defense: str, images: Tensor, votes: int = 1, seed: int | Sequence[int] | None = None
+        self,
+        defense: str,
+        images: Tensor,
+        votes: int = 1,
+        seed: int | Sequence[int] | None = None,
+        ran: Sequence[str] | None = None,
     ) -> Tensor:
         """(N, 3): softmax of ten times the mean of each channel, of the purified image."""
         self._begin(images)
-        purified = self._purified(defense, images, seed)
+        purified = self._purified(defense, images, seed, ran)
         probabilities = torch.softmax(10 * purified.mean((2, 3)), 1)
         return torch.where(self._marked(images, NAN_VALUE)[:, None], torch.nan, probabilities)
 
@@ -73,7 +79,7 @@ class FakeBundle:
     ) -> Tensor:
         """(N, 3, H, W) in [0, 1]."""
         self._begin(images)
-        purified = self._purified(defense, images, seed)
+        purified = self._purified(defense, images, seed, ran)
         return torch.where(self._marked(images, NAN_VALUE)[:, None, None, None], torch.nan, purified)
 
     def aid_score(self, images: Tensor) -> Tensor:
@@ -103,7 +109,12 @@ class FakeBundle:
         marked = (images[:, 0, 0, 0] * 255).round() == value
         return marked & self.misbehaves
 
-    def _purified(self, defense: str, images: Tensor, seed: int | Sequence[int] | None) -> Tensor:
+    def _purified(
+        self, defense: str, images: Tensor, seed: int | Sequence[int] | None, ran: Sequence[str] | None = None
+    ) -> Tensor:
+        if ran is not None:
+            strong = torch.tensor([chain != "none" for chain in ran])
+            return torch.where(strong[:, None, None, None], images.flip(2), images)
         if defense == "none":
             return images
         if not defense.startswith("atop"):
@@ -148,10 +159,17 @@ def batch(*images: bytes) -> list[tuple[str, tuple[str, bytes]]]:
     return [("images", (f"{i}.png", image)) for i, image in enumerate(images)]
 
 
-def loaded(*bundles: FakeBundle) -> Loaded:
+def dark() -> Pixels:
+    """A green image that no fake AID finds natural."""
+    pixels = np.full((SIDE, SIDE, 3), 20, np.uint8)
+    pixels[: SIDE // 2, :, 1] = 60
+    return pixels
+
+
+def loaded(*bundles: FakeBundle, strong: TokenBucket | None = None) -> Loaded:
     """What loading would give for `bundles`."""
     by_name = {f"{bundle.manifest.name}@{bundle.manifest.version}": bundle for bundle in bundles}
-    return Loaded(Catalog(by_name), Engine(by_name, torch.device("cpu")).run, "torch", "cpu", lambda: 0.0)
+    return Loaded(Catalog(by_name), Engine(by_name, torch.device("cpu"), strong).run, "torch", "cpu", lambda: 0.0)
 
 
 def serve_fake() -> None:

@@ -41,10 +41,15 @@ class ShelfBundle(FakeBundle):
         self.delay_s = float(os.environ.get("FAKE_DELAY_S", "0"))
 
     def probabilities(
-        self, defense: str, images: Tensor, votes: int = 1, seed: int | Sequence[int] | None = None
+        self,
+        defense: str,
+        images: Tensor,
+        votes: int = 1,
+        seed: int | Sequence[int] | None = None,
+        ran: Sequence[str] | None = None,
     ) -> Tensor:
         """(N, 3)."""
-        return super().probabilities(defense, images, votes, seed).roll(self.turn, 1)
+        return super().probabilities(defense, images, votes, seed, ran).roll(self.turn, 1)
 
 
 def place(root: Path, turn: int = 0, *files: str, version: str = "1", name: str = "colors") -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import tracemalloc
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,20 +14,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from service.cache import ENTRY_BYTES, MemoryCache, answer_keys
 from service.work import Answer, Classified, Detected, Key, Operation, Purified
+from tests.service.clock import Clock
 from tests.service.fakes import green
 
 KEY = Key(Operation.CLASSIFY, "colors@1", "atop", 4, True)
 TTL_S = 10.0
-
-
-@dataclass
-class Clock:
-    """A clock that goes when it is told to."""
-
-    now: float = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def find(cache: MemoryCache, key: bytes) -> Answer | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from torch import Tensor
 from service.engine import DeviceUnavailable, Engine, choose_device
 from service.errors import NotFinite
 from service.images import to_floats
+from service.tokens import TokenBucket
 from service.work import Classified, Detected, EngineFault, Floats, Key, Operation, Pixels, Purified
 from tests.networks import SIZE, tiny_bundle, with_auto
-from tests.service.fakes import NAN_VALUE, FakeBundle, green, marked
+from tests.service.clock import Clock
+from tests.service.fakes import NAN_VALUE, FakeBundle, dark, green, marked
 from tests.service.manifests import CLASSES, SIDE, fake_manifest
 
 NAME = "colors@1"
@@ -31,6 +34,10 @@ def run(
 ) -> list[object]:
     """The outcomes of one batch."""
     return list(engine(bundle).run(key, pixels, seeds).outcomes)
+
+
+def gated() -> FakeBundle:
+    return FakeBundle(fake_manifest(auto=True))
 
 
 def images(count: int) -> list[Pixels]:
@@ -61,10 +68,94 @@ def test_explain_adds_the_undefended_answer_and_the_score() -> None:
 
 
 def test_auto_says_which_chain_ran_for_each_image_and_others_do_not() -> None:
-    dark = np.full_like(green(), 40)
-    answers = run(Key(Operation.CLASSIFY, NAME, "auto"), [green(), dark], [0, 0], FakeBundle())
+    answers = run(Key(Operation.CLASSIFY, NAME, "auto"), [green(), dark()], [0, 0], gated())
     answers += run(Key(Operation.CLASSIFY, NAME, "atop"), [green()], [0], FakeBundle())
     assert [answer.ran for answer in answers if isinstance(answer, Classified)] == ["none", "zeropur", None]
+
+
+def capped(clock: Clock, *, per_s: float = 0.5, burst: int = 2, bundle: FakeBundle | None = None) -> Engine:
+    return Engine({NAME: bundle or gated()}, torch.device("cpu"), TokenBucket(per_s, burst, clock))
+
+
+def chains(engine: Engine, pixels: Sequence[Pixels], **key: Any) -> list[tuple[str | None, bool]]:
+    """What `auto` ran for each of `pixels`, and whether it says that it was degraded."""
+    asked = Key(Operation.CLASSIFY, NAME, "auto", **key)
+    outcomes = engine.run(asked, pixels, [0] * len(pixels)).outcomes
+    return [(answer.ran, answer.degraded) for answer in outcomes if isinstance(answer, Classified)]
+
+
+STRONG, DEGRADED, NATURAL = ("zeropur", False), ("none", True), ("none", False)
+
+
+def test_row_47_a_flood_of_unnatural_images_gets_the_cheap_chain_until_tokens_are_back() -> None:
+    clock = Clock()
+    engine = capped(clock)
+    assert chains(engine, [dark()] * 4) == [STRONG, STRONG, DEGRADED, DEGRADED]
+    assert chains(engine, [dark()]) == [DEGRADED]
+    clock.now = 2.0
+    assert chains(engine, [dark()] * 2) == [STRONG, DEGRADED]
+    clock.now = 1000.0
+    assert chains(engine, [dark()] * 3) == [STRONG, STRONG, DEGRADED]
+
+
+def test_row_47_natural_images_take_no_token_and_are_never_degraded() -> None:
+    engine = capped(Clock())
+    assert chains(engine, [green()] * 9) == [NATURAL] * 9
+    assert chains(engine, [green(), dark(), green(), dark(), dark(), green()]) == [
+        NATURAL, STRONG, NATURAL, STRONG, DEGRADED, NATURAL,
+    ]  # fmt: skip
+    assert chains(engine, [green()]) == [NATURAL]
+
+
+def test_without_a_cap_nothing_is_degraded() -> None:
+    assert chains(Engine({NAME: gated()}, torch.device("cpu")), [dark()] * 40) == [STRONG] * 40
+
+
+@pytest.mark.parametrize("operation", [Operation.CLASSIFY, Operation.PURIFY])
+def test_row_47_what_is_degraded_went_through_the_cheap_chain(operation: Operation) -> None:
+    key = Key(operation, NAME, "auto", purified=operation is Operation.CLASSIFY)
+    outcomes = capped(Clock(), burst=1).run(key, [dark(), dark(), green()], [0, 0, 0]).outcomes
+    images = [one.image if isinstance(one, Purified) else getattr(one, "purified", None) for one in outcomes]
+    for image, expected in zip(images, (dark()[::-1], dark(), green()), strict=True):
+        assert image is not None
+        assert np.array_equal(image, to_floats(expected))
+    assert [getattr(one, "degraded", None) for one in outcomes] == [False, True, False]
+
+
+def test_row_47_each_vote_is_a_run_of_the_strong_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, bundle = Clock(), gated()
+    seen = list[object]()
+    probabilities = bundle.probabilities
+
+    def watched(defense: str, images: Tensor, **named: Any) -> Tensor:
+        seen.append((named["votes"], named["ran"]))
+        return probabilities(defense, images, **named)
+
+    monkeypatch.setattr(bundle, "probabilities", watched)
+    engine = capped(clock, burst=4, bundle=bundle)
+    assert chains(engine, [dark()] * 3, votes=3) == [STRONG, STRONG, DEGRADED]
+    assert seen == [(3, ["zeropur", "zeropur", "none"])]
+    clock.now = 5.0  # 2.5 tokens: two were owed
+    assert chains(engine, [dark()], votes=3) == [DEGRADED]
+    clock.now = 6.0
+    assert chains(engine, [dark()], votes=3) == [STRONG]
+
+
+def test_row_47_an_explained_answer_that_is_degraded_keeps_its_score() -> None:
+    key = Key(Operation.CLASSIFY, NAME, "auto", explain=True)
+    outcomes = capped(Clock(), burst=1).run(key, [dark(), dark()], [0, 0]).outcomes
+    first, second = (one for one in outcomes if isinstance(one, Classified))
+    assert (first.degraded, second.degraded) == (False, True)
+    assert second.undefended is not None
+    assert first.aid_score == second.aid_score == pytest.approx(to_floats(dark()).mean(), abs=1e-5)
+
+
+def test_other_defenses_and_detection_take_no_token() -> None:
+    engine = capped(Clock(), burst=1)
+    for key in (Key(Operation.CLASSIFY, NAME, "zeropur"), Key(Operation.DETECT, NAME)):
+        outcomes = engine.run(key, [dark()] * 3, [0] * 3).outcomes
+        assert not any(getattr(outcome, "degraded", False) for outcome in outcomes)
+    assert chains(engine, [dark()]) == [STRONG]
 
 
 def test_floats_are_judged_as_they_are_and_pixels_as_their_255th() -> None:
@@ -147,7 +238,13 @@ def test_row_46_an_answer_that_is_not_finite_is_an_error_of_that_image_only(oper
 def test_votes_and_seeds_reach_the_bundle(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = list[object]()
 
-    def probabilities(defense: str, images: Tensor, votes: int = 1, seed: int | Sequence[int] | None = None) -> Tensor:
+    def probabilities(
+        defense: str,
+        images: Tensor,
+        votes: int = 1,
+        seed: int | Sequence[int] | None = None,
+        ran: Sequence[str] | None = None,
+    ) -> Tensor:
         seen.append((defense, tuple(images.shape), images.dtype, votes, seed))
         return torch.full((len(images), len(CLASSES)), 1 / 3)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from service.entropy import Entropy
 from service.metrics import Metrics, defense_label
 from service.record import new_record
-from service.work import Classified, Detected
+from service.work import Classified, Detected, Purified
 from tests.service.conftest import Running, until
 from tests.service.fakes import POISON_VALUE, green, marked, png
 
@@ -25,7 +26,7 @@ CONTRACT = {
     "redis_up", "redis_errors_total",
     "cache_requests_total", "accepted_total", "answered_total", "cancelled_total",
     "bundle_load_seconds", "bundle_last_load_success",
-    "query_similarity_alerts_total", "event_loop_lag_seconds",
+    "auto_degraded_total", "query_similarity_alerts_total", "event_loop_lag_seconds",
     "jobs", "job_images_total",
 }  # fmt: skip
 
@@ -118,6 +119,17 @@ def test_answers_feed_the_attack_watch() -> None:
     assert value("clarifier_flips_total", {"model": "m@1", "defense": "atop"}) == 1
     assert value("clarifier_suspicious_total", {"model": "m@1"}) == 2
     assert value("clarifier_aid_score_count") == 3
+
+
+def test_row_47_what_was_degraded_is_counted_whatever_was_asked() -> None:
+    metrics = Metrics()
+    record = new_record("", Entropy())
+    record.model = "m@1"
+    answer = classified(0.9, 0.1)
+    purified = Purified(np.zeros((2, 2, 3), np.float32), 0.0)
+    for one in (answer, replace(answer, degraded=True), purified, replace(purified, degraded=True), Detected(0.1)):
+        metrics.count_answer(record, one, ("cat", "dog"), None)
+    assert metrics.registry.get_sample_value("clarifier_auto_degraded_total", {"model": "m@1"}) == 2
 
 
 def test_a_model_of_many_classes_does_not_make_many_series() -> None:

@@ -42,8 +42,8 @@ from tests.service.manifests import fake_manifest
 
 GOOD = png(green())
 ANSWER = {
-    "request_id", "model", "digest", "defense", "ran", "seed", "label", "index", "probability", "top", "undefended",
-    "aid_score", "suspicious", "timing_ms",
+    "request_id", "model", "digest", "defense", "ran", "degraded", "seed", "label", "index", "probability", "top",
+    "undefended", "aid_score", "suspicious", "timing_ms",
 }  # fmt: skip
 
 
@@ -520,7 +520,13 @@ def test_a_zip_has_what_purify_makes_of_each_image(service: Running, size: str) 
     files, listed = unzipped(response)
     assert files == {f"{i}.png": one.content for i, one in enumerate(alone)}
     assert listed["results"] == [
-        {"status": 200, "file": f"{i}.png", "linf": float(one.headers["x-clarifier-linf"]), "seed": 4}
+        {
+            "status": 200,
+            "file": f"{i}.png",
+            "linf": float(one.headers["x-clarifier-linf"]),
+            "seed": 4,
+            "degraded": False,
+        }
         for i, one in enumerate(alone)
     ]
     assert all(result["linf"] > 0 for result in listed["results"])

@@ -33,7 +33,9 @@ FLOATS = np.linspace(0, 1, 3, dtype=np.float32)
 ANSWERS: list[Answer] = [
     Classified(FLOATS),
     Classified(FLOATS, FLOATS[::-1], 0.25, "atop", np.zeros((2, 2, 3), np.float32)),
+    Classified(FLOATS, ran="none", degraded=True),
     Purified(np.ones((2, 2, 3), np.float32), 0.5),
+    Purified(np.ones((2, 2, 3), np.float32), 0.5, degraded=True),
     Detected(0.75),
 ]
 
@@ -134,6 +136,8 @@ def test_forged_work_is_refused(fields: dict[bytes, bytes]) -> None:
         changed(REPLY, queue_ms=float("nan")),
         changed(REPLY, stage_ms=[1]),
         changed(REPLY, uid=None),
+        changed(REPLY, degraded=None),
+        changed(REPLY, degraded=1),
     ],
 )
 def test_forged_replies_are_refused(fields: dict[bytes, bytes]) -> None:
@@ -189,6 +193,7 @@ def test_row_72_an_answer_that_was_changed_is_malformed_or_an_answer(data: st.Da
 PICTURE = np.full((SIDE, SIDE, 3), 0.5, np.float32)
 CLASSIFY = Key(Operation.CLASSIFY, "colors@1")
 EXPLAIN = Key(Operation.CLASSIFY, "colors@1", explain=True, purified=True)
+AUTO, PURIFY_AUTO = (Key(operation, "colors@1", "auto") for operation in (Operation.CLASSIFY, Operation.PURIFY))
 
 
 @pytest.mark.parametrize(
@@ -200,12 +205,16 @@ EXPLAIN = Key(Operation.CLASSIFY, "colors@1", explain=True, purified=True)
         (EXPLAIN, Classified(FLOATS, FLOATS, None, None, PICTURE)),  # of a bundle without AID
         (Key(Operation.PURIFY, "colors@1"), Purified(PICTURE, 1.0)),
         (Key(Operation.DETECT, "colors@1"), Detected(1.0)),
+        (AUTO, Classified(FLOATS, ran="zeropur")),
+        (AUTO, Classified(FLOATS, ran="none", degraded=True)),
+        (PURIFY_AUTO, Purified(PICTURE, 1.0, degraded=True)),
     ],
 )
 def test_an_answer_fits_its_own_question_and_no_other(key: Key, answer: Answer) -> None:
-    assert fits(answer, key, fake_manifest())
-    others = [Key(operation, "colors@1") for operation in Operation if operation is not key.operation]
-    assert not any(fits(answer, other, fake_manifest()) for other in others)
+    manifest = fake_manifest(auto=True)
+    assert fits(answer, key, manifest)
+    others = [Key(operation, "colors@1", key.defense) for operation in Operation if operation is not key.operation]
+    assert not any(fits(answer, other, manifest) for other in others)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +238,11 @@ def test_an_answer_fits_its_own_question_and_no_other(key: Key, answer: Answer) 
         (Key(Operation.PURIFY, "colors@1"), Purified(PICTURE[1:], 0.5)),
         (Key(Operation.PURIFY, "colors@1"), Purified(PICTURE, -1.0)),
         (Key(Operation.DETECT, "colors@1"), Detected(2.0)),
+        (CLASSIFY, Classified(FLOATS, ran="none", degraded=True)),
+        (AUTO, Classified(FLOATS, ran="zeropur", degraded=True)),
+        (AUTO, Classified(FLOATS, degraded=True)),
+        (Key(Operation.PURIFY, "colors@1", "zeropur"), Purified(PICTURE, 0.5, degraded=True)),
     ],
 )
 def test_row_72_an_answer_of_another_shape_kind_or_range_does_not_fit(key: Key, answer: Answer) -> None:
-    assert not fits(answer, key, fake_manifest())
+    assert not fits(answer, key, fake_manifest(auto=True))
