@@ -19,7 +19,7 @@ from prometheus_client import disable_created_metrics
 from service.allocator import keep_freed_memory
 from service.app import create_app, decoder_threads
 from service.cache import MAX_CACHE_BYTES, MemoryCache
-from service.connections import bounded_http
+from service.connections import KEEP_ALIVE_S, bounded_http
 from service.gateway import Gateway
 from service.images import BYTES_PER_DECODED_PIXEL, BYTES_PER_PURIFIED_SAMPLE
 from service.keys import read_keys
@@ -47,7 +47,6 @@ ENGINE_WATCH_S = 1.0
 """Between two looks at the engine: probes have the time to see that it has ended."""
 SOCKET_BUFFER_BYTES = 64 * 1024
 """That uvicorn reads ahead of a request."""
-KEEP_ALIVE_S = 75
 SWITCH_INTERVAL_S = 0.0001
 """How long the event loop may keep the interpreter from the engine, which needs it between operations."""
 COLLECTION_THRESHOLD = 10_000

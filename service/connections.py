@@ -1,14 +1,17 @@
 """HTTP as uvicorn reads it, with limits for what it reads before there is a request to answer.
 
 A head that grows or dawdles, and a connection that never asks anything, end here. All of them are answered in one line
-of text, since what is not a whole request has no answer of its own, and counted.
+of text, since what is not a whole request has no answer of its own, and counted. Another protocol that a client offers
+is not taken up: its request is answered as if it had not (RFC 9110, section 7.8).
 """
 
 from __future__ import annotations
 
 import asyncio
+import sys
 from typing import ClassVar
 
+from httptools import HttpParserUpgrade
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from service.metrics import Metrics
@@ -17,6 +20,8 @@ MAX_HEAD_BYTES = 64 * 1024
 """Of a request before its body. What the system hands over at once is read to its end: so much more may be held."""
 MAX_URL_BYTES = 65535
 """That the parser reads."""
+KEEP_ALIVE_S = 75
+"""How long a connection may be idle, before its first request too."""
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -29,9 +34,14 @@ class BoundedHttp(HttpToolsProtocol):
     url = b""
     """Of the request that is being read; uvicorn sets it when one begins."""
     _head_bytes = 0
-    """Of a head that has begun and not ended, without what came with its end."""
+    """Of a head that has begun and not ended, without what came with the message before it."""
     _in_head = False
+    _message_ended = False
+    """Whether one has in what `data_received` was given last."""
     _head_timer: asyncio.TimerHandle | None = None
+    _unread: list[memoryview]
+    """What the parser is to read next, the last of them first, while `data_received` runs."""
+    _being_read: memoryview
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -44,12 +54,18 @@ class BoundedHttp(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+        self._message_ended = False
+        self._unread = [memoryview(data)]
+        while self._unread and not self.transport.is_closing():
+            self._being_read = self._unread.pop()
+            super().data_received(self._being_read)  # type: ignore[arg-type]  # it only hands it to the parser
+        del self._being_read
+        if self._message_ended or not self._in_head:
+            self._end_of_head()
+        else:
+            self._head_bytes += len(data)
         if not self._in_head or self.transport.is_closing():
-            if self._head_timer is not None:
-                self._end_of_head()
             return
-        self._head_bytes += len(data)
         if self._head_bytes > MAX_HEAD_BYTES:
             self._refuse(431, "headers_too_large")
         elif self._head_timer is None:
@@ -63,6 +79,10 @@ class BoundedHttp(HttpToolsProtocol):
         self._in_head = False
         super().on_headers_complete()
 
+    def on_message_complete(self) -> None:
+        self._message_ended = True
+        super().on_message_complete()
+
     def send_400_response(self, msg: str) -> None:
         """What uvicorn calls for a message that it cannot read."""
         if len(self.url) > MAX_URL_BYTES:
@@ -70,8 +90,24 @@ class BoundedHttp(HttpToolsProtocol):
         else:
             self._refuse(400, "malformed_http")
 
+    def _should_upgrade(self) -> bool:
+        """Whether uvicorn forgets what the parser has stopped at, and calls `handle_websocket_upgrade`.
+
+        The parser stops behind each head that offers another protocol, whatever body it announces; and behind CONNECT.
+        """
+        return self.parser.get_method() != b"CONNECT"
+
+    def handle_websocket_upgrade(self) -> None:
+        """Have the parser read the same head again without the offer, then what came behind it."""
+        stop = sys.exception()
+        assert isinstance(stop, HttpParserUpgrade)
+        lines = [b"%s %s HTTP/%s" % (self.scope["method"].encode(), self.url, self.scope["http_version"].encode())]
+        lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+        head = b"\r\n".join([*lines, b"", b""])
+        self._unread = [self._being_read[stop.args[0] :], memoryview(head)]
+
     def _unsupported_upgrade_warning(self) -> None:
-        """Anybody may ask for another protocol, as often as they like: that is no reason for a line in the log."""
+        """Anybody may ask for a tunnel, as often as they like: that is no reason for a line in the log."""
 
     def _end_of_head(self) -> None:
         self._head_bytes = 0

@@ -139,6 +139,15 @@ def to_bytes(image: Floats) -> Pixels:
     return (image.clip(0, 1) * 255 + np.float32(0.5)).astype(np.uint8)
 
 
+def encode_purified(
+    image: Floats, model_input: Pixels, original: bytes | None, media_type: str, max_pixels: int
+) -> bytes:
+    """The purified `image` at the model's size, or what purification changed put onto the `original` upload."""
+    if original is None:
+        return encode_image(image, media_type)
+    return encode_pixels(change_original(original, image - to_floats(model_input), max_pixels), media_type)
+
+
 def encode_image(image: Floats, media_type: str) -> bytes:
     """`image` as image/png, image/webp (lossless) or application/x-npy (float32, not rounded to 8 bits)."""
     file = io.BytesIO()

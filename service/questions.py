@@ -271,7 +271,7 @@ async def answer_all(
     if not images:
         return []
     pixels = [prepared.image.pixels for prepared in images]
-    _watch_for_attacks(question.gateway, request, pixels)
+    watch_for_attacks(question.gateway, request, pixels)
     cache = question.gateway.cache
     if cache is None:
         outcomes = await _run(question, request, pixels, seeds)
@@ -284,7 +284,8 @@ async def answer_all(
     return outcomes
 
 
-def _watch_for_attacks(gateway: Gateway, request: Request, images: Sequence[Pixels]) -> None:
+def watch_for_attacks(gateway: Gateway, request: Request, images: Sequence[Pixels]) -> None:
+    """Count and log images that are near-duplicates of too many that the client of `request` has sent before."""
     if gateway.similarity is None:
         return
     who = owner_of(request.scope)

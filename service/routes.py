@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 
 from fastapi import APIRouter, Request, Response
@@ -13,31 +11,14 @@ from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 
 from service.answers import SCORE_DIGITS, classify_response
-from service.archives import Archive
-from service.downloads import Download
-from service.errors import (
-    ClarifierError,
-    ClientLeft,
-    NoDetector,
-    NotAcceptable,
-    NotReady,
-    TooManyPixels,
-    pages,
-    problem_of,
-)
+from service.batch_answers import Answered, answer_each, check_pixels, problem_in_place, zip_of
+from service.downloads import Download, sending_time_s
+from service.errors import ClarifierError, NoDetector, NotAcceptable, NotReady, pages
 from service.gateway import gateway_of
-from service.images import (
-    BYTES_PER_PURIFIED_SAMPLE,
-    MAX_WEBP_SIDE,
-    change_original,
-    encode_image,
-    encode_pixels,
-    to_floats,
-)
+from service.images import BYTES_PER_PURIFIED_SAMPLE, MAX_WEBP_SIDE, encode_purified
 from service.openapi import BINARY, IMAGES_BODY, PURIFIED_HEADERS, documented, problem_response, problems
 from service.parameters import (
     ClassifyParameters,
-    DefenseParameters,
     DetectParameters,
     ModelParameters,
     NoParameters,
@@ -49,7 +30,6 @@ from service.questions import (
     Prepared,
     Question,
     answer,
-    answer_all,
     ask,
     decode,
     decode_all,
@@ -66,12 +46,9 @@ from service.schemas import (
     ModelInfo,
     ModelsResponse,
     Problem,
-    PurifiedImage,
-    PurifyBatchResponse,
     Timing,
 )
-from service.uploads import BATCH_BODY_IMAGES, Account
-from service.work import Classified, Detected, Floats, Operation, Pixels, Purified
+from service.work import Classified, Detected, Operation, Purified
 
 MODEL_SIZE_TYPES = ("image/png", "image/webp", "application/x-npy")
 ORIGINAL_SIZE_TYPES = ("image/png", "image/webp")
@@ -119,7 +96,7 @@ async def classify(request: Request) -> Response:
 async def classify_batch(request: Request) -> Response:
     with ask(request, Operation.CLASSIFY, ClassifyParameters) as question:
         images = await decode_all(question, await read_uploads(question, request))
-        results = [_result(question, answered) for answered in await _answer_each(question, request, images)]
+        results = [_result(question, answered) for answered in await answer_each(question, request, images)]
         return _json(BatchResponse(request_id=question.record.request_id, results=results))
 
 
@@ -146,7 +123,7 @@ async def purify(request: Request) -> Response:
         limit = question.gateway.settings.max_image_pixels
         started = time.monotonic()
         pixels = prepared.image.pixels
-        body = await in_thread(question, _encode, purified.image, pixels, original, media_type, limit)
+        body = await in_thread(question, encode_purified, purified.image, pixels, original, media_type, limit)
         question.record.time("encode", 1000 * (time.monotonic() - started))
         headers = {
             "X-Clarifier-Model": question.key.model,
@@ -171,13 +148,13 @@ async def purify_batch(request: Request) -> Response:
         media_type = _acceptable(request, ARCHIVE_TYPES)
         uploads = await read_uploads(question, request)
         images = await decode_all(question, uploads)
-        _check_pixels(question, images)
+        check_pixels(question, images)
         originals = [upload if question.keeps_upload and isinstance(upload, bytes) else None for upload in uploads]
         del uploads  # may be large
         inputs = [image.image.pixels for image in images if isinstance(image, Prepared)]
         account.add(BYTES_PER_PURIFIED_SAMPLE * sum(pixels.size for pixels in inputs))
-        answers = await _answer_each(question, request, images)
-        body = await _archive(question, request, account, answers, originals)
+        answers = await answer_each(question, request, images)
+        body = await zip_of(question, request, account, answers, originals)
         headers = {"X-Clarifier-Model": question.key.model, "X-Clarifier-Defense": question.key.defense}
         return _download(question, body, headers, media_type)
 
@@ -213,15 +190,6 @@ async def detect(request: Request) -> Response:
 # --- answers
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """An image of a batch, the engine's answer, and the seed that it was asked with."""
-
-    prepared: Prepared
-    completed: Completed
-    seed: int
-
-
 def _json(answer: ClassifyResponse | BatchResponse | DetectResponse) -> Response:
     return Response(to_json(answer), media_type="application/json")
 
@@ -252,30 +220,10 @@ def _timing(question: Question[ModelParameters], prepared: Prepared, completed: 
     )
 
 
-async def _answer_each(
-    question: Question[DefenseParameters], request: Request, images: Sequence[Prepared | ClarifierError]
-) -> list[Answered | ClarifierError]:
-    """The engine's answers in the order of the images, an image's own error in its place."""
-    sound = [image for image in images if isinstance(image, Prepared)]
-    seeds = [draw_seed(question) for _ in sound]
-    outcomes = await answer_all(question, request, sound, seeds)
-    answers = iter(
-        outcome if isinstance(outcome, ClarifierError) else Answered(image, outcome, seed)
-        for image, outcome, seed in zip(sound, outcomes, seeds, strict=True)
-    )
-    return [next(answers) if isinstance(image, Prepared) else image for image in images]
-
-
 def _result(question: Question[ClassifyParameters], answered: Answered | ClarifierError) -> ClassifyResponse | Problem:
     if isinstance(answered, ClarifierError):
-        return _problem(question, answered)
+        return problem_in_place(question, answered)
     return _classify_response(question, answered.prepared, answered.completed, answered.seed)
-
-
-def _problem(question: Question[DefenseParameters], error: ClarifierError) -> Problem:
-    """One image of a batch failed: counted as if it had been a request of its own."""
-    question.gateway.metrics.count_refusal(error.code, error.status)
-    return problem_of(error, question.record.request_id)
 
 
 def _acceptable(request: Request, offered: tuple[str, ...]) -> str:
@@ -286,99 +234,11 @@ def _acceptable(request: Request, offered: tuple[str, ...]) -> str:
     return media_type
 
 
-def _encode(image: Floats, model_input: Pixels, original: bytes | None, media_type: str, limit: int) -> bytes:
-    """The purified image at the model's size, or what purification changed put onto the original."""
-    if original is None:
-        return encode_image(image, media_type)
-    return encode_pixels(change_original(original, image - to_floats(model_input), limit), media_type)
-
-
 def _download(question: Question[PurifyParameters], body: bytes, headers: dict[str, str], media_type: str) -> Download:
     settings, budget = question.gateway.settings, question.gateway.uploads
-    # Whoever sends at the slowest pace that is allowed may receive at the same.
-    timeout_s = settings.body_timeout_s * max(1, len(body) / settings.max_image_bytes)
+    timeout_s = sending_time_s(settings, len(body))
     headers["X-Content-Type-Options"] = "nosniff"
     return Download(body, budget, timeout_s, headers=headers, media_type=media_type)
-
-
-def _check_pixels(question: Question[PurifyParameters], images: Sequence[Prepared | ClarifierError]) -> None:
-    """Raise TooManyPixels for a batch whose answer at its own size would not fit, however little else is under way."""
-    limit = BATCH_BODY_IMAGES * question.gateway.settings.max_image_pixels
-    pixels = sum(image.image.width * image.image.height for image in images if isinstance(image, Prepared))
-    if question.keeps_upload and pixels > limit:
-        raise TooManyPixels(f"with size=original a batch may have {limit} pixels", limit=limit, actual=pixels)
-
-
-async def _archive(
-    question: Question[PurifyParameters],
-    request: Request,
-    account: Account,
-    answers: Sequence[Answered | ClarifierError],
-    originals: Sequence[bytes | None],
-) -> bytes:
-    """A zip of each purified image, or of the problem in its place, and of `results.json`, which lists them all.
-
-    One image after the other, so that a batch has one decoder thread at a time. Raises Overloaded (the budget of
-    `account`) and ClientLeft.
-    """
-    archive = Archive()
-    results = list[PurifiedImage | Problem]()
-    for number, (answered, original) in enumerate(zip(answers, originals, strict=True)):
-        if await request.is_disconnected():
-            raise ClientLeft
-        before = archive.size
-        results.append(await _add_to(archive, number, question, answered, original))
-        account.add(archive.size - before)
-    response = PurifyBatchResponse(
-        request_id=question.record.request_id,
-        model=question.key.model,
-        digest=question.bundle.digest,
-        defense=question.key.defense,
-        results=results,
-    )
-    archive.add("results.json", to_json(response, exclude_none=True))
-    return archive.finish()
-
-
-async def _add_to(
-    archive: Archive,
-    number: int,
-    question: Question[PurifyParameters],
-    answered: Answered | ClarifierError,
-    original: bytes | None,
-) -> PurifiedImage | Problem:
-    """Put the image of this `number`, or its problem, into `archive`; what `results.json` says of it."""
-    added: PurifiedImage | ClarifierError
-    if isinstance(answered, ClarifierError):
-        added = answered
-    else:
-        added = await _add_picture(archive, f"{number}.png", question, answered, original)
-    if not isinstance(added, ClarifierError):
-        return added
-    problem = _problem(question, added)
-    archive.add(f"{number}.json", problem.model_dump_json(exclude_none=True).encode())
-    return problem
-
-
-async def _add_picture(
-    archive: Archive, name: str, question: Question[PurifyParameters], answered: Answered, original: bytes | None
-) -> PurifiedImage | ClarifierError:
-    purified = answered.completed.answer
-    assert isinstance(purified, Purified)
-    pixels, limit = answered.prepared.image.pixels, question.gateway.settings.max_image_pixels
-
-    def add() -> None:
-        archive.add(name, _encode(purified.image, pixels, original, "image/png", limit))
-
-    started = time.monotonic()
-    try:
-        await in_thread(question, add)
-    except ClarifierError as error:
-        return error
-    question.record.time("encode", 1000 * (time.monotonic() - started))
-    return PurifiedImage(
-        status=200, file=name, linf=round(purified.linf, 6), seed=answered.seed, degraded=purified.degraded
-    )
 
 
 # --- what is served

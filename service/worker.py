@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from service.connections import KEEP_ALIVE_S, bounded_http
 from service.loading import (
     ENGINE_DIED,
     MISCONFIGURED,
@@ -93,7 +94,15 @@ def _probes(
 
     app = Starlette(routes=[Route("/livez", livez), Route("/readyz", readyz), Route("/metrics", page)])
     config = uvicorn.Config(
-        app, host=settings.host, port=settings.worker_port, log_config=None, access_log=False, server_header=False
+        app,
+        host=settings.host,
+        port=settings.worker_port,
+        http=bounded_http(metrics, head_timeout_s=settings.body_timeout_s, idle_timeout_s=KEEP_ALIVE_S),
+        lifespan="off",  # it has nothing to start or stop
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
     )
     return asyncio.create_task(_Unsignaled(config).serve())
 

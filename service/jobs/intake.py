@@ -32,7 +32,7 @@ from service.jobs.records import CHUNK, Found, Input, Spec, pack_entry, pack_inp
 from service.jobs.store import Answered
 from service.jobs.zips import ZIP_TYPES, zip_images
 from service.parameters import ClassifyParameters, DefenseParameters
-from service.questions import Prepared, Question, decode_all, draw_seed, in_thread
+from service.questions import Prepared, Question, decode_all, draw_seed, in_thread, watch_for_attacks
 from service.settings import Settings
 from service.uploads import Upload, content_type_of
 
@@ -63,7 +63,7 @@ async def take_job(question: Asked, request: Request, board: Board, job: str, id
     progress.sent.update(repr((question.key, question.parameters.model_dump())).encode())
     try:
         async for group in _groups(_uploads(question, request), question):
-            await _keep(question, board, progress, group)
+            await _keep(question, request, board, progress, group)
         if not progress.images:
             raise WrongField("there is no image in it")
         access = question.gateway.access
@@ -121,7 +121,7 @@ async def _groups(uploads: AsyncIterator[Uploaded], question: Asked) -> AsyncIte
         yield group
 
 
-async def _keep(question: Asked, board: Board, progress: Progress, group: list[Uploaded]) -> None:
+async def _keep(question: Asked, request: Request, board: Board, progress: Progress, group: list[Uploaded]) -> None:
     """Decode a group and keep it; an image that fails has its answer already."""
     await in_thread(question, _add_to_hash, progress.sent, group)
     data = [upload.data if isinstance(upload, Upload) else upload for upload in group]
@@ -131,6 +131,7 @@ async def _keep(question: Asked, board: Board, progress: Progress, group: list[U
         for number, image in images
         if isinstance(image, Prepared)
     ]
+    watch_for_attacks(question.gateway, request, [each.pixels for each in inputs])
     failed = [
         Answered(number, _problem(question, error), failed=True)
         for number, error in images

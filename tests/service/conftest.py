@@ -89,6 +89,7 @@ def serving(load: Callable[[Settings], Loaded], settings: dict[str, Any]) -> Ite
     app = create_app(Settings(**settings), load)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
+    listener.listen()  # whoever connects before the server is there waits for it
     http = bounded_http(app.state.gateway.metrics, head_timeout_s=settings.get("body_timeout_s", 10), idle_timeout_s=75)
     server = uvicorn.Server(uvicorn.Config(app, http=http, log_config=None, access_log=False))
     thread = threading.Thread(target=server.run, args=([listener],))

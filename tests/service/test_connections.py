@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from threading import Thread
 
 import httpx
 import psutil
@@ -180,11 +181,52 @@ def test_row_9_what_is_not_http_is_400(server: Running, garbage: bytes) -> None:
     assert server.still_answers()
 
 
-def test_row_9_another_protocol_that_is_offered_is_not_taken_up(server: Running) -> None:
-    offer = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: a\r\nSec-WebSocket-Version: 13\r\n"
+OFFERS = (  # what curl --http2 sends, and a browser
+    b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n",
+    b"connection: upgrade\r\nupgrade: websocket\r\nSec-WebSocket-Key: a\r\nSec-WebSocket-Version: 13\r\n",
+)
+SIZED = b"Content-Length: %d\r\n\r\n" % len(GOOD) + GOOD
+CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % len(GOOD) + GOOD + b"\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize("offer", OFFERS, ids=["h2c", "websocket"])
+@pytest.mark.parametrize("framed", [SIZED, CHUNKED], ids=["sized", "chunked"])
+def test_row_9_another_protocol_that_is_offered_is_not_taken_up(server: Running, offer: bytes, framed: bytes) -> None:
+    message = POST + offer + framed
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
-        connection.sendall(LIVE[:-2] + offer + b"\r\n")
-        assert status_of(connection.recv(65536)) == 200
+        for pieces in ([message], [message[: -len(framed)], framed], [message[i : i + 1] for i in range(len(message))]):
+            for piece in pieces:
+                connection.sendall(piece)
+            answer = connection.recv(65536)
+            assert status_of(answer) == 200
+            assert body_of(answer)["label"] == "green"
+
+
+def test_row_9_what_follows_an_offer_is_its_body_and_then_the_next_request(server: Running) -> None:
+    hidden = POST + OFFERS[0] + b"Content-Length: %d\r\n\r\n" % len(LIVE) + LIVE
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(hidden)
+        answer = connection.recv(65536)
+    assert status_of(answer) == 415  # it is no image, and no request either
+    assert answer.count(b"HTTP/1.1 ") == 1
+
+
+@pytest.mark.parametrize("offer", [b"", *OFFERS], ids=["no offer", "h2c", "websocket"])
+def test_row_14_very_many_requests_in_one_go_are_all_answered(server: Running, offer: bytes) -> None:
+    one = LIVE[:-2] + offer + b"X-A: " + b"a" * 1000 + b"\r\n\r\n"
+    last = LIVE.replace(b"Host: h", b"Host: h\r\nConnection: close")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        sending = Thread(target=connection.sendall, args=[500 * one + last])
+        sending.start()
+        answers = read(connection)
+        sending.join()
+    assert answers.count(b"HTTP/1.1 200 ") == 501
+
+
+@pytest.mark.parametrize("offer", OFFERS, ids=["h2c", "websocket"])
+@pytest.mark.parametrize("rest", [b"Content-Length: -5\r\n\r\n", b"X-A: a\0b\r\n\r\n"], ids=["length", "header"])
+def test_row_9_an_offer_makes_nothing_sound_that_is_not(server: Running, offer: bytes, rest: bytes) -> None:
+    assert b"HTTP/1.1 400 " in exchange(server.port, POST + offer + rest)
     assert server.still_answers()
 
 

@@ -436,7 +436,7 @@ def test_a_known_image_gives_its_place_back_before_its_answer_is_made(
         reserved.append(batcher._reserved)
         return b"picture"
 
-    monkeypatch.setattr("service.routes.encode_image", encode)
+    monkeypatch.setattr("service.images.encode_image", encode)
     assert server.client.post("/purify?seed=1", content=GOOD).content == b"picture"
     assert (reserved, server.bundle.batches) == ([0], [1])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,11 +12,13 @@ from pathlib import Path
 import httpx
 import pytest
 
+from service.connections import MAX_HEAD_BYTES
 from tests.service import own_redis
 from tests.service.conftest import until
 from tests.service.fakes import marked, png
 from tests.service.farm import Farm, classify, ready
 from tests.service.own_redis import FATAL_VALUE
+from tests.service.test_connections import read, status_of
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not own_redis.is_installed(), reason=own_redis.MISSING)
@@ -34,7 +37,7 @@ def test_a_worker_that_is_told_to_end_answers_what_it_has(farm: Farm) -> None:
     assert first.wait(20) == 0
 
 
-def test_its_probes_tell_what_is_true(farm: Farm) -> None:
+def test_its_probes_tell_what_is_true(farm: Farm, capfd: pytest.CaptureFixture[str]) -> None:
     port = own_redis.free_port()
     worker = farm.worker(worker_port=port)
     until(lambda: status(port, "/readyz") == 200)
@@ -47,6 +50,20 @@ def test_its_probes_tell_what_is_true(farm: Farm) -> None:
     assert status(port, "/livez") == 200
     worker.terminate()
     assert worker.wait(20) == 0
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_its_probes_cut_off_a_head_without_an_end(farm: Farm) -> None:
+    port = own_redis.free_port()
+    farm.worker(worker_port=port, body_timeout_s=1)
+    until(lambda: status(port, "/livez") == 200)
+    begun = b"GET /livez HTTP/1.1\r\nX-A: "
+    for head, refusal in ((begun, 408), (begun + b"a" * 2 * MAX_HEAD_BYTES, 431)):
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+            connection.sendall(head)
+            assert status_of(read(connection)) == refusal
+    page = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+    assert 'clarifier_rejected_total{reason="head_too_slow"} 1.0' in page
 
 
 def test_it_ends_with_70_if_its_engine_does(farm: Farm) -> None:
