@@ -17,8 +17,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from service.dispatch import Dispatcher, Places, deliver, new_items
-from service.errors import ClarifierError, DeadlineExceeded, Draining, InferenceFailed, NotFinite, NotReady
+from service.errors import ClarifierError, DeadlineExceeded, Draining, InferenceFailed, NotFinite, NotReady, Overloaded
 from service.metrics import Metrics
+from service.pace import Pace
 from service.queue import BatchQueue, Completed, Item, Outcome
 from service.work import EngineFault, Key, Pixels, Ran
 
@@ -26,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 IDLE_BEAT_S = 0.5
 """How often the engine thread shows that it is alive while there is nothing to do."""
+
+IN_TIME = 0.8
+"""Of the time that is left to a request, what those before it may be expected to take."""
 
 RunBatch = Callable[[Key, Sequence[Pixels], Sequence[int]], Ran]
 """Outcomes in the order of the images; an image can fail alone with the error in its place."""
@@ -51,8 +55,10 @@ class Batcher(Dispatcher):
         self._queue = BatchQueue(max_batch_size, max_queue_delay_ms / 1000)
         self._coming: list[Item] = []
         """Admitted in this turn of the event loop, whose thread alone uses it."""
+        self._pace = Pace()
         self._changed = threading.Condition()
         self._running: list[Item] = []
+        self._running_since = 0.0
         self._hurrying = False
         self._finishing = False
         self._beat = time.monotonic()
@@ -65,6 +71,23 @@ class Batcher(Dispatcher):
         """Start the engine thread; answers go to the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
+
+    def check_in_time(self, key: Key, deadline: float) -> None:
+        """As `Dispatcher.check_in_time`, by how long the last batches took."""
+        if not self._running and not self._queue.depth:
+            return
+        now = time.monotonic()
+        left_s = deadline - now
+        with self._changed:
+            if left_s <= self._pace.expected_s([(key, 1)]):  # too late whoever is there
+                return
+            ran_s = now - self._running_since
+            running_s = self._pace.expected_s((item.key, 1) for item in self._running)
+            counts = [*self._queue.counts(), (key, len(self._coming) + self._reserved + 1)]
+            expected_s = max(0.0, running_s - ran_s) + self._pace.expected_s(counts)
+        late_s = expected_s - IN_TIME * left_s
+        if late_s > 0:
+            raise Overloaded(f"what waits already takes {expected_s:.1f} s", retry_after_s=late_s)
 
     def admit(
         self, places: Places, key: Key, images: Sequence[Pixels], seeds: Sequence[int], deadline: float
@@ -189,6 +212,7 @@ class Batcher(Dispatcher):
                 wait_s = self._queue.wait_s(now)
                 self._changed.wait(IDLE_BEAT_S if wait_s is None else min(wait_s, IDLE_BEAT_S))
                 batch = self._queue.take(time.monotonic(), at_once=self._hurrying)
+            self._running_since = time.monotonic()
             self._running = batch  # while the lock is held, so that `abandon` finds every item somewhere
         return batch
 
@@ -214,7 +238,10 @@ class Batcher(Dispatcher):
         started = time.monotonic()
         ran = self._run_batch(batch[0].key, [item.image for item in batch], [item.seed for item in batch])
         pairs = list(zip(batch, ran.outcomes, strict=True))
-        inference_ms = 1000 * (time.monotonic() - started)
+        seconds = time.monotonic() - started
+        with self._changed:
+            self._pace.note(batch[0].key, len(batch), seconds)
+        inference_ms = 1000 * seconds
         self._metrics.batch_size.observe(len(batch))
         for outcome in ran.outcomes:
             if isinstance(outcome, NotFinite):

@@ -40,6 +40,13 @@ class Dispatcher(ABC):
         if taken + count > self._max_queue_size:
             raise Overloaded(f"{taken} of {self._max_queue_size} places are taken", limit=self._max_queue_size)
 
+    @abstractmethod
+    def check_in_time(self, key: Key, deadline: float) -> None:
+        """Raise Overloaded if an image of `key` that came now would wait beyond `deadline`, as far as is known.
+
+        Who would wait in vain is better told at once.
+        """
+
     @contextmanager
     def places(self) -> Iterator[Places]:
         """Around a request, no place yet; those that `reserve` adds and `admit` does not use are free at the end."""

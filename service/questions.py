@@ -129,6 +129,7 @@ def ask_with(request: Request, operation: Operation, parameters: Given) -> Itera
         record.model, record.digest = name, bundle.digest
         record.defense = key.defense if isinstance(parameters, DefenseParameters) else ""
         check_rights(request, key, catalog)
+        batcher.check_in_time(key, deadline)
         yield Question(gateway, batcher, places, account, record, parameters, catalog, bundle, key, deadline)
 
 

@@ -87,6 +87,10 @@ class BatchQueue:
         """Whether a whole batch of `key` waits."""
         return len(self._groups.get(key, ())) >= self._room(key)
 
+    def counts(self) -> list[tuple[Key, int]]:
+        """How many images of each key wait."""
+        return [(key, len(group)) for key, group in self._groups.items()]
+
     def clear(self) -> list[Item]:
         """Everybody who waits; the queue is empty afterwards."""
         items = [item for group in self._groups.values() for item in group]

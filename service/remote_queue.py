@@ -103,6 +103,9 @@ class RemoteQueue(Dispatcher):
 
     # --- a request's way
 
+    def check_in_time(self, key: Key, deadline: float) -> None:
+        """Nothing is known of how fast workers are."""
+
     def admit(
         self,
         places: Places,

@@ -142,6 +142,34 @@ def test_everybody_gets_their_own_answer_and_its_costs() -> None:
     asyncio.run(scenario())
 
 
+def test_who_would_wait_in_vain_is_refused_at_once() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        async with started(engine, max_batch_size=1) as batcher:
+            held = await hold(engine, batcher)
+            waiting = [admit(batcher, [value]) for value in (1, 2, 3)]
+            batcher.check_in_time(A, time.monotonic() + 1e-3)  # nothing is known of the pace yet
+            await asyncio.sleep(0.5)
+            engine.gate.set()
+            await held
+            for one in waiting:
+                await answer(batcher, one)
+            batcher.check_in_time(A, time.monotonic() + 1e-3)  # nobody waits
+            held = await hold(engine, batcher)  # the last ones were quick, and the pace is still that of the first
+            waiting = [admit(batcher, [value]) for value in range(1, 9)]
+            await eventually(lambda: batcher._queue.depth == 8)
+            each_s = batcher._pace.expected_s([(A, 1)])
+            with pytest.raises(Overloaded) as refused:
+                batcher.check_in_time(A, time.monotonic() + 4 * each_s)
+            assert refused.value.retry_after_s > 0
+            batcher.check_in_time(A, time.monotonic() + 1000)
+            batcher.check_in_time(A, time.monotonic() - 1)  # that is 504
+            engine.gate.set()
+            assert await held == 0
+
+    asyncio.run(scenario())
+
+
 def test_what_one_turn_of_the_event_loop_admits_is_one_batch() -> None:
     async def scenario() -> None:
         engine = FakeEngine()
