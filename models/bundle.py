@@ -162,7 +162,7 @@ class Bundle:
         """As `defended`; where `ran` says so, `auto` runs these chains for `images`."""
         preset = self.manifest.gate(defense)
         if ran is None or preset is None:
-            return self.defended(defense, votes, seed)
+            return self.defended(defense, votes=votes, seed=seed)
         (gate,) = self._chain(defense)
         assert isinstance(gate, GatePurifier)
         suspects = torch.tensor([chain == preset.strong for chain in ran], device=images.device)
