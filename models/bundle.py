@@ -104,7 +104,15 @@ class Bundle:
 
         Raises UnknownDefense for a chain that the bundle does not offer.
         """
-        return DefendedClassifier(self._classifier_twin, self._chain(defense), votes=votes, seed=seed).eval()
+        return self._behind(self._chain(defense), votes, seed)
+
+    def _behind(self, chain: Sequence[Purifier], votes: int, seed: Seed) -> DefendedClassifier:
+        defended = DefendedClassifier(self._classifier_twin, chain, votes=votes, seed=seed)
+        if self._recorded_purifiers is None:
+            return defended.eval()
+        for new in (defended, defended.chain, *defended.chain):  # all below stays in eval mode: to walk it takes long
+            new.training = False
+        return defended
 
     def _chain(self, defense: str) -> list[Purifier]:
         return [self._purifier(name, preset) for name, preset in self.manifest.chain(defense)]
@@ -117,6 +125,8 @@ class Bundle:
             purifier = self._new_purifier(name, preset)
             if isinstance(purifier, AidPurifier | ZeroPurPurifier):
                 purifier.record()
+            assert isinstance(purifier, nn.Module)
+            purifier.eval()
             self._recorded_purifiers[name, preset] = purifier
         return self._recorded_purifiers[name, preset]
 
@@ -160,14 +170,13 @@ class Bundle:
         self, defense: str, images: Tensor, votes: int, seed: Seed, ran: Sequence[str] | None
     ) -> DefendedClassifier:
         """As `defended`; where `ran` says so, `auto` runs these chains for `images`."""
-        preset = self.manifest.gate(defense)
+        preset = None if ran is None else self.manifest.gate(defense)
         if ran is None or preset is None:
             return self.defended(defense, votes=votes, seed=seed)
         (gate,) = self._chain(defense)
         assert isinstance(gate, GatePurifier)
         suspects = torch.tensor([chain == preset.strong for chain in ran], device=images.device)
-        decided = [DecidedGate(gate, suspects)]
-        return DefendedClassifier(self._classifier_twin, decided, votes=votes, seed=seed).eval()
+        return self._behind([DecidedGate(gate, suspects)], votes, seed)
 
     @torch.no_grad()
     def ran(self, defense: str, images: Tensor) -> list[str]:

@@ -136,9 +136,10 @@ def ask_with(request: Request, operation: Operation, parameters: Given) -> Itera
 def refine(
     asked: Question[ModelParameters], parameters: ClassifyParameters, deadline: float, *, purified: bool, floats: bool
 ) -> Question[ClassifyParameters]:
-    """The whole question, where the body said more of it than the query. Raises InvalidParameter."""
+    """The whole question, where the body said more of it than the query. Raises InvalidParameter and Overloaded."""
     key = key_for(asked.key.operation, asked.key.model, asked.catalog, parameters)
     key = replace(key, purified=purified, floats=floats)
+    asked.batcher.check_in_time(key, deadline)
     asked.record.defense = key.defense
     return Question(
         asked.gateway,

@@ -136,6 +136,14 @@ def test_a_recorded_inpainter_gives_images_of_the_same_bits() -> None:
 
 
 @pytest.mark.parametrize("defense", ["none", "atop", "aid", "zeropur", "atop,aid", "auto"])
+def test_what_a_recorded_bundle_hands_out_is_in_eval_mode_to_the_last_layer(defense: str) -> None:
+    bundle = with_auto(tiny_bundle(), 0.5)
+    bundle.record()
+    handed_out = [bundle.defended(defense), bundle._decided(defense, image(0), 1, 0, bundle.ran(defense, image(0)))]
+    assert not [module for defended in handed_out for module in defended.modules() if module.training]
+
+
+@pytest.mark.parametrize("defense", ["none", "atop", "aid", "zeropur", "atop,aid", "auto"])
 def test_a_bundle_records_when_it_is_told_to(defense: str) -> None:
     plain, recorded = with_auto(tiny_bundle(), 0.5), with_auto(tiny_bundle(), 0.5)
     recorded.record()
