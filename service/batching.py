@@ -61,6 +61,8 @@ class Batcher(Dispatcher):
         self._running_since = 0.0
         self._hurrying = False
         self._finishing = False
+        self._ended = False
+        """Whether the engine thread has."""
         self._beat = time.monotonic()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -95,7 +97,7 @@ class Batcher(Dispatcher):
         items = new_items(key, images, seeds, deadline)
         assert len(items) <= places.count
         self._check_running()
-        self._free(places)
+        self.free(places)
         if items and not self._coming:
             asyncio.get_running_loop().call_soon(self._let_in)
         self._coming += items
@@ -112,7 +114,7 @@ class Batcher(Dispatcher):
             self._queue.add(coming)
             if was_empty or any(self._queue.is_full(key) for key in {item.key for item in coming}):
                 self._changed.notify()  # else the engine thread has nothing new to decide
-        if coming and not self._thread.is_alive():
+        if coming and self._ended:
             self.abandon(NotReady("the engine has stopped"))
 
     def _forget(self, items: Iterable[Item]) -> None:
@@ -173,7 +175,7 @@ class Batcher(Dispatcher):
     def _check_running(self) -> None:
         if self._finishing:
             raise Draining
-        if not self._thread.is_alive():
+        if self._ended:
             raise NotReady("the engine has stopped")
 
     # --- the engine thread's side
@@ -188,6 +190,7 @@ class Batcher(Dispatcher):
                     logger.exception("the batch loop stumbled")
                     time.sleep(0.01)
         finally:
+            self._ended = True
             error = Draining() if self._finishing else NotReady("the engine has stopped")
             self._call_on_loop(lambda: self.abandon(error))
 

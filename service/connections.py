@@ -14,7 +14,9 @@ from typing import ClassVar
 from httptools import HttpParserUpgrade
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from service.departure import DEPARTURE, Departure
 from service.metrics import Metrics
+from service.uploads import WHOLE
 
 MAX_HEAD_BYTES = 64 * 1024
 """Of a request before its body. What the system hands over at once is read to its end: so much more may be held."""
@@ -45,6 +47,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._departure = Departure()
         # uvicorn's timer for idle connections, which it starts after an answer only.
         self.timeout_keep_alive_task = self.loop.call_later(self.idle_timeout_s, self.timeout_keep_alive_handler)
 
@@ -52,6 +55,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._end_of_head()
         super().connection_lost(exc)
+        self._departure.happen()
 
     def data_received(self, data: bytes) -> None:
         self._message_ended = False
@@ -74,6 +78,7 @@ class BoundedHttp(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         self._in_head = True
         super().on_message_begin()
+        vars(self)["scope"][DEPARTURE] = self._departure
 
     def on_headers_complete(self) -> None:
         self._in_head = False
@@ -81,6 +86,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._message_ended = True
+        vars(self)["scope"][WHOLE] = True
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:

@@ -8,20 +8,34 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 from service.errors import ClarifierError, ClientLeft, DeadlineExceeded, Overloaded
 from service.queue import Item, Outcome
 from service.work import Key, Pixels
 
 
-@dataclass(slots=True)
 class Places:
-    """How many places in the queue are kept for the images of one request, which are still being decoded."""
+    """How many places in a queue are kept for the images of one request, which are still being decoded.
 
-    count: int = 0
+    At the end of its `with` block, none any more.
+    """
+
+    __slots__ = ("_queue", "count")
+
+    def __init__(self, queue: Dispatcher) -> None:
+        self.count = 0
+        self._queue = queue
+
+    def free(self) -> None:
+        """Those that were reserved and not used are anybody's."""
+        self._queue.free(self)
+
+    def __enter__(self) -> Places:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.free()
 
 
 class Dispatcher(ABC):
@@ -47,14 +61,14 @@ class Dispatcher(ABC):
         Who would wait in vain is better told at once.
         """
 
-    @contextmanager
-    def places(self) -> Iterator[Places]:
-        """Around a request, no place yet; those that `reserve` adds and `admit` does not use are free at the end."""
-        places = Places()
-        try:
-            yield places
-        finally:
-            self._free(places)
+    def places(self) -> Places:
+        """For a request, no place yet; `reserve` adds some, and `admit` uses them."""
+        return Places(self)
+
+    def free(self, places: Places) -> None:
+        """Keep `places` no more."""
+        self._reserved -= places.count
+        places.count = 0
 
     def reserve(self, places: Places, count: int) -> None:
         """Add `count` places, all or none. Raises as `check_open`."""
@@ -145,10 +159,6 @@ class Dispatcher(ABC):
     @abstractmethod
     def _forget(self, items: Iterable[Item]) -> None:
         """Take `items`, which have their outcome, out of the queue."""
-
-    def _free(self, places: Places) -> None:
-        self._reserved -= places.count
-        places.count = 0
 
 
 def new_items(key: Key, images: Sequence[Pixels], seeds: Sequence[int], deadline: float) -> list[Item]:

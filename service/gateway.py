@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -60,26 +58,12 @@ class Gateway:
     _abandoned: bool = field(default=False, init=False)
     _in_flight: set[asyncio.Task[object]] = field(default_factory=set, init=False)
 
-    @contextmanager
-    def let_in(self) -> Iterator[Dispatcher]:
-        """Around a request: once inside, it is answered even if a drain begins, whatever it is doing then.
+    def let_in(self) -> Visit:
+        """The request of this task: from now on it is answered even if a drain begins, whatever it is doing then.
 
-        Raises NotReady, Draining or Overloaded if a new image would not be admitted now; Draining, out of whatever
-        the request was waiting for, when the drain time is over.
+        Raises NotReady, Draining or Overloaded if a new image would not be admitted now.
         """
-        batcher = self._open_batcher()
-        task = asyncio.current_task()
-        assert task is not None
-        self._in_flight.add(task)
-        try:
-            yield batcher
-        except asyncio.CancelledError:
-            if self._abandoned and task.uncancel() == 0:
-                raise Draining from None
-            raise
-        finally:
-            self._in_flight.discard(task)
-            self._finish_if_empty()
+        return Visit(self, self._open_batcher())
 
     def _open_batcher(self) -> Dispatcher:
         if self._drain_ends is not None:
@@ -161,6 +145,31 @@ class Gateway:
             return None
         silent = self.batcher.silence_s > 3 * self.settings.request_timeout_ms / 1000
         return "the engine is silent" if silent else None
+
+
+class Visit:
+    """A request that was let in, until the end of its `with` block.
+
+    Out of whatever it waits for there, Draining is raised when the drain time is over.
+    """
+
+    __slots__ = ("_gateway", "_task", "batcher")
+
+    def __init__(self, gateway: Gateway, batcher: Dispatcher) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self.batcher = batcher
+        self._gateway, self._task = gateway, task
+        gateway._in_flight.add(task)
+
+    def __enter__(self) -> Visit:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._gateway._in_flight.discard(self._task)
+        self._gateway._finish_if_empty()
+        if isinstance(error, asyncio.CancelledError) and self._gateway._abandoned and self._task.uncancel() == 0:
+            raise Draining from None
 
 
 def gateway_of(request: Request) -> Gateway:

@@ -1,4 +1,4 @@
-"""Bytes to pixels and back. Pillow and numpy only, so that a gateway can do it without torch.
+"""Bytes to pixels and back. No torch, so that a gateway can do it.
 
 The recipe, the same for every upload (steps 1, 3 and 4 are `models.preprocessing`, which training uses too, so that a
 model is served what it was trained on; `tests/service/test_images.py` pins all of it):
@@ -21,6 +21,7 @@ import zlib
 from dataclasses import dataclass
 
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.JpegImagePlugin import JpegImageFile
@@ -44,10 +45,13 @@ DAMAGED = (
     struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 """What Pillow's plugins raise for damaged files."""
+PLAIN_JPEG_COLORS = ("YCbCr", "Gray", "RGB")
+"""For which libjpeg-turbo's own interface makes the same pixels as Pillow does by it, in a fifth of the time."""
 BYTES_PER_DECODED_PIXEL = 40
 """At most, at the worst moment of decoding an upload or changing it at its own size; a test measures it."""
 BYTES_PER_PURIFIED_SAMPLE = 5
 """Of an image at the model's size, kept beside what it became: uint8 and float32."""
+CONTRADICTION = "the image contradicts itself about its size"
 MAX_WEBP_SIDE = 16383
 """The format has no larger pictures."""
 
@@ -170,13 +174,31 @@ def encode_pixels(pixels: Pixels, media_type: str) -> bytes:
 
 def _upright_rgb(header: Header) -> Image.Image:
     """Decode, steps 1 and 2 of the recipe."""
+    rgb = (_plain_jpeg(header.data) if header.format == "jpeg" else None) or _decode_by_pillow(header)
+    if rgb.size != (header.width, header.height):
+        raise Undecodable(CONTRADICTION)
+    turn = TURNS.get(header.orientation)
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _plain_jpeg(data: bytes) -> Image.Image | None:
+    """None for other colors, and for whatever is unusual or damaged: Pillow's word on it holds."""
+    try:
+        if simplejpeg.decode_jpeg_header(data)[2] not in PLAIN_JPEG_COLORS:
+            return None
+        pixels = simplejpeg.decode_jpeg(data, "RGBX", fastdct=False, fastupsample=False)  # as Pillow keeps them
+    except ValueError:
+        return None
+    height, width, _ = pixels.shape
+    return Image.frombytes("RGB", (width, height), pixels, "raw", "RGBX")
+
+
+def _decode_by_pillow(header: Header) -> Image.Image:
     try:
         image = DECODERS[header.format](io.BytesIO(header.data))
         if image.size != (header.width, header.height):
-            raise Undecodable("the image contradicts itself about its size")
+            raise Undecodable(CONTRADICTION)
         image.load()
-        rgb = to_rgb(image)
+        return to_rgb(image)
     except DAMAGED as error:
         raise Undecodable("the image is damaged or truncated") from error
-    turn = TURNS.get(header.orientation)
-    return rgb if turn is None else rgb.transpose(turn)

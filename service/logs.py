@@ -16,6 +16,7 @@ LEVELS = {"5": logging.WARNING}
 PLAIN = (int, float)
 """Written alike by Python and JSON."""
 _json = json.JSONEncoder(default=str).encode
+_quoted = json.encoder.encode_basestring_ascii
 
 
 class JsonFormatter(logging.Formatter):
@@ -39,8 +40,10 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         fields = getattr(record, "fields", {})
-        words = [_timestamp(record), record.levelname, _json(record.getMessage().strip())[1:-1]]
-        words += [f"{name}={value if type(value) in PLAIN else _json(value)}" for name, value in fields.items()]
+        words = [_timestamp(record), record.levelname, _quoted(record.getMessage().strip())[1:-1]]
+        for name, value in fields.items():
+            kind = type(value)
+            words.append(f"{name}={value if kind in PLAIN else _quoted(value) if kind is str else _json(value)}")
         stack = "\n" + self.formatException(record.exc_info) if record.exc_info else ""
         return " ".join(words) + stack
 

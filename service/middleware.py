@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.access import Access
+from service.books import Books
 from service.connections import MAX_HEAD_BYTES
 from service.entropy import Entropy
 from service.errors import ClarifierError, HeadersTooLarge, TooBusy, answer_of
-from service.logs import log_request
+from service.heads import headers_of
 from service.metrics import Metrics
 from service.record import Record, new_record
 
@@ -32,7 +33,7 @@ class RequestMiddleware:
 
     def __init__(self, app: ASGIApp, metrics: Metrics, entropy: Entropy, max_active: int = MAX_ACTIVE_REQUESTS) -> None:
         self.app = app
-        self.metrics = metrics
+        self._books = Books(metrics)
         self._entropy = entropy
         self._max_active = max_active
         self._active = 0
@@ -41,7 +42,7 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
+        headers = headers_of(scope)
         record = scope["clarifier.record"] = new_record(headers.get("x-request-id", ""), self._entropy)
         unread = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
 
@@ -51,13 +52,13 @@ class RequestMiddleware:
             unread = unread and bool(message.get("more_body"))
             return message
 
-        async def completed_send(message: Message) -> None:
+        def completed_send(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 message["headers"] = [*message["headers"], *_own_headers(record)]
                 if unread:  # what the client goes on sending would be taken for its next request
                     MutableHeaders(scope=message)["Connection"] = "close"
-            await send(message)
+            return send(message)
 
         app: ASGIApp = self.app
         if _too_large(scope["headers"]):
@@ -72,8 +73,7 @@ class RequestMiddleware:
             if record.status == 500 and not record.code:
                 record.code = "internal_server_error"
             record.route = getattr(scope.get("route"), "path", "other")
-            self.metrics.count_request(record)
-            log_request(record)
+            self._books.enter(record)
 
 
 def _too_large(headers: Sequence[tuple[bytes, bytes]]) -> bool:

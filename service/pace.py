@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
+from statistics import median
 
 from service.work import Key
 
 MAX_KEYS = 256
 """That are remembered: clients can make more of chains and votes."""
-WEIGHT = 0.5
-"""Of the last batch; those before it have the rest."""
+LAST_BATCHES = 5
+"""That tell. Their median does: a machine that stood still for a while is not slow for all that come after."""
 
 
 class Pace:
@@ -17,14 +19,17 @@ class Pace:
 
     def __init__(self) -> None:
         self._seconds: dict[Key, float] = {}
+        self._last: dict[Key, deque[float]] = {}
 
     def note(self, key: Key, images: int, seconds: float) -> None:
         """A batch of `images` took `seconds`."""
-        each = seconds / images
-        known = self._seconds.pop(key, each)  # to the end: what ran last is forgotten last
-        self._seconds[key] = known + WEIGHT * (each - known)
-        if len(self._seconds) > MAX_KEYS:
-            del self._seconds[next(iter(self._seconds))]
+        last = self._last.pop(key, None) or deque(maxlen=LAST_BATCHES)
+        last.append(seconds / images)
+        self._last[key] = last  # at the end: what ran last is forgotten last
+        self._seconds[key] = median(last)
+        if len(self._last) > MAX_KEYS:
+            oldest = next(iter(self._last))
+            del self._last[oldest], self._seconds[oldest]
 
     def expected_s(self, counts: Iterable[tuple[Key, int]]) -> float:
         """For so many images of each key."""

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import QueryParams
 
 from service.errors import DeadlineExceeded, InvalidParameter
+from service.heads import headers_of
 from service.schemas import ParameterProblem
 
 MAX_VOTES = 64
@@ -198,7 +199,7 @@ def read_timeout_s(request: Request, longest_s: float) -> float:
 
     Raises InvalidParameter if it is not a whole number of milliseconds, DeadlineExceeded if it is 0: past.
     """
-    text = request.headers.get("x-request-timeout-ms")
+    text = headers_of(request.scope).get("x-request-timeout-ms")
     if text is None:
         return longest_s
     if not re.fullmatch(r"[0-9]{1,18}", text):

@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Generic, ParamSpec, TypeVar
 
 from fastapi import Request
@@ -20,9 +20,10 @@ from fastapi import Request
 from models.manifest import Manifest, UnknownDefense
 from service.access import key_of, owner_of, require
 from service.cache import AnswerCache, answer_keys
+from service.departure import WhenGone
 from service.dispatch import Dispatcher, Places
 from service.errors import ClarifierError, ClientLeft, DeadlineExceeded
-from service.gateway import Gateway, gateway_of
+from service.gateway import Gateway, Visit, gateway_of
 from service.images import Decoded, decode_if_quick, decode_image
 from service.keys import Right
 from service.parameters import (
@@ -34,7 +35,7 @@ from service.parameters import (
     read_parameters,
     read_timeout_s,
 )
-from service.queue import Completed, Item, Outcome
+from service.queue import Completed, Outcome
 from service.record import Record, record_of
 from service.repository import Catalog, DescribedBundle
 from service.uploads import Account, read_image, read_images
@@ -59,9 +60,10 @@ Arguments = ParamSpec("Arguments")
 
 @dataclass(frozen=True, slots=True)
 class Question(Generic[P]):
-    """A request whose query and headers are sound; its body has not been read."""
+    """A request whose query and headers are sound; its body has not been read. It is let in until its `with` ends."""
 
     gateway: Gateway
+    visit: Visit
     batcher: Dispatcher
     places: Places
     account: Account
@@ -100,6 +102,14 @@ class Question(Generic[P]):
         """Who shares cached answers with this client: whoever has its key, or everybody where there are none."""
         return self.record.key
 
+    def __enter__(self) -> Question[P]:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self.account.release()
+        self.places.free()
+        self.visit.__exit__(kind, error, trace)
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
@@ -109,28 +119,38 @@ class Prepared:
     decode_ms: float
 
 
-@contextmanager
-def ask(request: Request, operation: Operation, kind: type[P]) -> Iterator[Question[P]]:
-    """What `request` asks; inside, it is let in. Raises what its query, headers, model, key and the queue forbid."""
-    with ask_with(request, operation, read_parameters(kind, request)) as question:
-        yield question
+def ask(request: Request, operation: Operation, kind: type[P]) -> Question[P]:
+    """What `request` asks, for a `with` block. Raises what its query, headers, model, key and the queue forbid."""
+    return ask_with(request, operation, read_parameters(kind, request))
 
 
-@contextmanager
-def ask_with(request: Request, operation: Operation, parameters: Given) -> Iterator[Question[Given]]:
+def ask_with(request: Request, operation: Operation, parameters: Given) -> Question[Given]:
     """As `ask`, for `parameters` that were not read from the query."""
     gateway = gateway_of(request)
     record = record_of(request.scope)
     deadline = record.started + read_timeout_s(request, gateway.settings.request_timeout_ms / 1000)
-    with gateway.let_in() as batcher, batcher.places() as places, gateway.uploads.account() as account:
-        wanted, catalog = parameters.model, gateway.catalog
-        name, bundle = catalog.find(gateway.settings.default_model if wanted is None else wanted)
-        key = key_for(operation, name, catalog, parameters)
-        record.model, record.digest = name, bundle.digest
+    visit = gateway.let_in()
+    batcher, catalog = visit.batcher, gateway.catalog
+    try:
+        key, bundle = catalog.remember(_find, operation, parameters, gateway.settings.default_model)
+        record.model, record.digest = key.model, bundle.digest
         record.defense = key.defense if isinstance(parameters, DefenseParameters) else ""
         check_rights(request, key, catalog)
         batcher.check_in_time(key, deadline)
-        yield Question(gateway, batcher, places, account, record, parameters, catalog, bundle, key, deadline)
+    except BaseException:
+        visit.__exit__(None, None, None)
+        raise
+    account = gateway.uploads.account()
+    return Question(
+        gateway, visit, batcher, batcher.places(), account, record, parameters, catalog, bundle, key, deadline
+    )
+
+
+def _find(
+    catalog: Catalog, operation: Operation, parameters: ModelParameters, default_model: str
+) -> tuple[Key, DescribedBundle]:
+    name, bundle = catalog.find(default_model if parameters.model is None else parameters.model)
+    return key_for(operation, name, catalog, parameters), bundle
 
 
 def refine(
@@ -143,6 +163,7 @@ def refine(
     asked.record.defense = key.defense
     return Question(
         asked.gateway,
+        asked.visit,
         asked.batcher,
         asked.places,
         asked.account,
@@ -359,16 +380,15 @@ async def _run(
     metrics = question.gateway.metrics
     metrics.accepted.inc(len(items))
     ended = metrics.answered
-    watch = asyncio.ensure_future(_withdraw_when_gone(request, question.batcher, items))
     try:
-        outcomes = await question.batcher.wait(items)
+        with WhenGone(request, partial(question.batcher.withdraw, items)):
+            outcomes = await question.batcher.wait(items)
         for outcome in outcomes:
             if isinstance(outcome, ClientLeft):
                 ended = metrics.cancelled
                 raise outcome
     finally:
         ended.inc(len(items))
-        watch.cancel()
     for outcome in outcomes:
         if isinstance(outcome, Completed):
             _time(question.record, outcome)
@@ -389,12 +409,6 @@ async def in_thread(
         return function(*arguments, **named)
 
     return await asyncio.get_running_loop().run_in_executor(question.gateway.decoders, in_time)
-
-
-async def _withdraw_when_gone(request: Request, batcher: Dispatcher, items: Sequence[Item]) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        continue
-    batcher.withdraw(items)
 
 
 def _time(record: Record, completed: Completed) -> None:

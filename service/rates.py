@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import repeat
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from service.errors import RateLimited
 MAX_AMOUNT = 1_000_000
 """Of one limit: a moving window remembers when each hit came, in 32 bytes."""
 MAX_PERIOD_S = 366 * 24 * 60 * 60
+REMEMBERED_KEYS = 1024
 MAX_WINDOWS = 65_536
 """Of one process. They are many only where they are of addresses, of which anybody may have any number."""
 
@@ -85,6 +87,12 @@ class MemoryWindows:
         return hits
 
 
+@lru_cache(REMEMBERED_KEYS)
+def _window(limit: RateLimitItem, who: str) -> tuple[str, int]:
+    """The key of the hits that `limit` counts of `who`, and its seconds."""
+    return limit.key_for(who), limit.get_expiry()
+
+
 class Limiter:
     """Counts hits, and refuses those beyond a limit. What is refused does not count."""
 
@@ -94,7 +102,7 @@ class Limiter:
     async def hit(self, who: str, limits: RateLimits, count: int = 1) -> None:
         """Count `count` hits of `who`, all or none. Raises RateLimited."""
         for limit in limits:
-            key, period_s = limit.key_for(who), limit.get_expiry()
+            key, period_s = _window(limit, who)
             if not await self._windows.acquire_entry(key, limit.amount, period_s, count):
                 oldest, _ = await self._windows.get_moving_window(key, limit.amount, period_s)
                 wait_s = max(0.0, oldest + period_s - time.time())

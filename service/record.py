@@ -39,6 +39,7 @@ class Record:
     height: int = 0
     digest: str = ""
     timing_ms: dict[str, float] = field(default_factory=dict)
+    _ended: float | None = None
 
     @property
     def mislabeled(self) -> bool:
@@ -53,9 +54,13 @@ class Record:
         """Note how long a stage took; of several images the longest."""
         self.timing_ms[stage] = max(milliseconds, self.timing_ms.get(stage, 0.0))
 
+    def end(self) -> None:
+        """It has been answered now."""
+        self._ended = time.monotonic()
+
     def elapsed_ms(self) -> float:
-        """Milliseconds since the request came."""
-        return 1000 * (time.monotonic() - self.started)
+        """Milliseconds since the request came, until its end if that has come."""
+        return 1000 * ((time.monotonic() if self._ended is None else self._ended) - self.started)
 
 
 def new_record(offered_id: str, entropy: Entropy) -> Record:

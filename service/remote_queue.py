@@ -122,7 +122,7 @@ class RemoteQueue(Dispatcher):
             raise NotReady(f"no worker serves {key.model}")
         items = new_items(key, images, seeds, deadline)
         assert len(items) <= places.count
-        self._free(places)
+        self.free(places)
         if not items:
             return items
         request = [Sent(f"{self.name}-{next(self._numbers)}", item, digest, spare=spare) for item in items]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from models.manifest import Manifest
 from service.errors import UnknownModel
@@ -18,6 +18,7 @@ from service.work import EngineFault
 logger = logging.getLogger(__name__)
 
 REMEMBERED_CHAINS = 1024
+REMEMBERED_WISHES = 1024
 
 PICKLES = (".pt", ".pt2", ".pth", ".pkl", ".pickle", ".ckpt", ".bin", ".mar")
 """Files that can run code when they are read. They are never opened."""
@@ -61,6 +62,11 @@ class Catalog:
         self.refused = tuple(refused)
         self.chain = lru_cache(REMEMBERED_CHAINS)(self._chain)
         """(`name@version` of a bundle, a chain or None for its default) to Chain. Raises UnknownDefense."""
+        self.remember = lru_cache(REMEMBERED_WISHES)(self._call)
+        """(function, arguments) to what the function makes of this catalog and them; most requests ask the same."""
+
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(self, *arguments)
 
     def _chain(self, name: str, wanted: str | None) -> Chain:
         manifest = self.bundles[name].manifest

@@ -10,7 +10,6 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
 from typing import NamedTuple
 
 from fastapi import Request
@@ -29,10 +28,13 @@ from service.errors import (
     UnsupportedMedia,
     WrongField,
 )
+from service.heads import headers_of
 from service.schemas import ParameterProblem
 
 RAW_TYPES = ("", "application/octet-stream", "image/jpeg", "image/jpg", "image/png", "image/webp", "image/bmp")
 """Content types of a raw body. The bytes decide what it is anyway, so none at all (`curl -T`) is fine too."""
+WHOLE = "clarifier.whole"
+"""In the ASGI scope of a request that has arrived to its end, where the server tells: nothing is waited for."""
 QUICK_FORM_BYTES = 16 * 1024
 """A multipart message of no more is taken apart at once: the way to a thread and back would take longer."""
 FRAMING_BYTES = 16 * 1024
@@ -64,18 +66,13 @@ class ByteBudget:
         self.limit = limit
         self.held = 0
 
-    @contextmanager
-    def account(self) -> Iterator[Account]:
-        """The account of one request, which holds nothing any more at the end."""
-        account = Account(self)
-        try:
-            yield account
-        finally:
-            account.release()
+    def account(self) -> Account:
+        """A new one."""
+        return Account(self)
 
 
 class Account:
-    """What one request holds of a budget."""
+    """What one request holds of a budget: at the end of its `with` block nothing any more."""
 
     def __init__(self, budget: ByteBudget) -> None:
         self._budget = budget
@@ -93,6 +90,12 @@ class Account:
         """The bytes are not in memory any more."""
         self._budget.held -= self._held
         self._held = 0
+
+    def __enter__(self) -> Account:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
 
 async def read_image(
@@ -136,7 +139,8 @@ async def read_images(
     """
     _, boundary = content_type_of(request)
     if boundary is None:
-        if request.headers.get("content-length", "0") == "0" and "transfer-encoding" not in request.headers:
+        headers = headers_of(request.scope)
+        if headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers:
             raise EmptyBody
         raise UnsupportedMedia("send multipart/form-data with the images in fields named images")
     body = await _read(request, account, batch_body_bytes(max_images, max_bytes), timeout_s, deadline)
@@ -166,9 +170,12 @@ def batch_body_bytes(max_images: int, max_bytes: int) -> int:
 
 def content_type_of(request: Request) -> tuple[str, bytes | None]:
     """The content type, and the boundary if it is multipart. Raises UnsupportedMedia, MalformedMultipart."""
-    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+    headers = headers_of(request.scope)
+    if headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise UnsupportedMedia("a Content-Encoding is not accepted: send the body as it is")
-    declared = request.headers.get("content-type", "")
+    declared = headers.get("content-type", "")
+    if declared in RAW_TYPES:
+        return declared, None
     if declared.count(";") > MAX_OPTIONS:
         raise UnsupportedMedia("the content type has too many options")
     kind, options = parse_options_header(declared)
@@ -182,20 +189,27 @@ def content_type_of(request: Request) -> tuple[str, bytes | None]:
 
 async def _read(request: Request, account: Account, limit: int, timeout_s: float, deadline: float) -> bytes:
     """The whole body, within `limit` bytes and `timeout_s` seconds, by `deadline` (of the monotonic clock)."""
-    declared = request.headers.get("content-length", "")
+    declared = headers_of(request.scope).get("content-length", "")
     if declared.isdecimal() and int(declared) > limit:
         raise BodyTooLarge(f"the body may have {limit} bytes", limit=limit, actual=int(declared))
+    if WHOLE in request.scope:
+        body = await _read_until(request, account, limit)
+    else:
+        body = await _read_in_time(request, account, limit, timeout_s, deadline)
+    if not body:
+        raise EmptyBody
+    return body
+
+
+async def _read_in_time(request: Request, account: Account, limit: int, timeout_s: float, deadline: float) -> bytes:
     left_s = deadline - time.monotonic()
     try:
         async with asyncio.timeout(min(timeout_s, left_s)):
-            body = await _read_until(request, account, limit)
+            return await _read_until(request, account, limit)
     except TimeoutError:
         if left_s <= timeout_s:  # not by the clock: an event loop's timers may ring a moment early
             raise DeadlineExceeded from None
         raise BodyTooSlow(f"the body must arrive within {timeout_s:g} s") from None
-    if not body:
-        raise EmptyBody
-    return body
 
 
 async def _read_until(request: Request, account: Account, limit: int) -> bytes:

@@ -185,6 +185,32 @@ def test_row_36_palettes_with_and_without_transparency() -> None:
     assert decoded(transparent.getvalue(), 1, 2).tolist() == [[[10, 20, 30], [255, 255, 255]]]
 
 
+@pytest.mark.parametrize("side", [1, 7, 16, 33, 100])
+@pytest.mark.parametrize("sampling", [0, 1, 2, None])
+@pytest.mark.parametrize("quality", [10, 75, 100])
+def test_plain_jpegs_have_the_pixels_that_pillow_gives(side: int, sampling: int | None, quality: int) -> None:
+    noisy = np.random.default_rng(side).integers(0, 256, (side, side + 1, 3), dtype=np.uint8)
+    picture = Image.fromarray(noisy).convert("L" if sampling is None else "RGB")
+    chroma = {} if sampling is None else {"subsampling": sampling}
+    for progressive in (False, True):
+        for restarts in (0, 1):
+            options = {"quality": quality, "progressive": progressive, "restart_marker_blocks": restarts, **chroma}
+            file = encoded(np.asarray(picture), "JPEG", **options)
+            with Image.open(io.BytesIO(file)) as opened:
+                wanted = np.asarray(opened.convert("RGB"))
+            assert (decoded(file, side, side + 1) == wanted).all()
+
+
+def test_what_only_pillow_reads_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError
+
+    photograph = encoded(photo(), "JPEG")
+    monkeypatch.setattr("simplejpeg.decode_jpeg", refuse)
+    with Image.open(io.BytesIO(photograph)) as opened:
+        assert (decoded(photograph, opened.height, opened.width) == np.asarray(opened)).all()
+
+
 def test_row_36_cmyk_jpegs_are_read_inverted_as_adobe_writes_them() -> None:
     red = encoded_cmyk(0, 255, 255, 0)
     assert b"Adobe" in red

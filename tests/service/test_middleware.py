@@ -19,7 +19,7 @@ from service.app import create_app
 from service.entropy import Entropy
 from service.metrics import Metrics
 from service.middleware import RequestMiddleware
-from tests.service.conftest import Running
+from tests.service.conftest import Running, until
 from tests.service.fakes import green, png
 
 GOOD = png(green())
@@ -112,11 +112,13 @@ def test_an_engine_route_that_fails_in_an_unforeseen_way_is_500_and_logged(
     assert (response.status_code, response.json()["code"]) == (500, "internal_server_error")
     assert response.headers.get_list("x-request-id") == [response.json()["request_id"]]
     labels = {"route": "/classify", "status": "500"}
-    assert any(
-        labels.items() <= sample.labels.items()
-        for metric in server.gateway.metrics.registry.collect()
-        for sample in metric.samples
-        if sample.name == "clarifier_requests_total"
+    until(
+        lambda: any(
+            labels.items() <= sample.labels.items()
+            for metric in server.gateway.metrics.registry.collect()
+            for sample in metric.samples
+            if sample.name == "clarifier_requests_total"
+        )
     )
     assert server.still_answers()
 

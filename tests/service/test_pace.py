@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.pace import MAX_KEYS, Pace
+from service.pace import LAST_BATCHES, MAX_KEYS, Pace
 from service.work import Key, Operation
 
 FAST, SLOW = Key(Operation.CLASSIFY, "a@1", "none"), Key(Operation.CLASSIFY, "a@1", "zeropur")
@@ -18,6 +18,16 @@ def test_the_last_batches_tell_how_long_images_take() -> None:
     assert pace.expected_s([(FAST, 5), (SLOW, 3)]) == pytest.approx(6.5)
     pace.note(SLOW, 4, 16.0)
     assert pace.expected_s([(SLOW, 1)]) == pytest.approx(3.0)
+
+
+def test_a_machine_that_stood_still_is_not_slow_for_all_that_come_after() -> None:
+    pace = Pace()
+    for seconds in (1.0, 1.0, 60.0, 1.0, 60.0):
+        pace.note(FAST, 1, seconds)
+    assert pace.expected_s([(FAST, 1)]) == 1.0
+    for _ in range(LAST_BATCHES):
+        pace.note(FAST, 1, 2.0)
+    assert pace.expected_s([(FAST, 1)]) == 2.0
 
 
 def test_it_remembers_so_many_keys_and_forgets_what_ran_longest_ago() -> None:

@@ -1,0 +1,33 @@
+"""What is counted and logged of every request, for all that have ended in one turn of the event loop together.
+
+Between requests the code that does it would be out of the processor's caches each time: together takes half as long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from service.logs import log_request
+from service.metrics import Metrics
+from service.record import Record
+
+
+class Books:
+    """Of one application; the event loop's thread alone uses it."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._ended = list[Record]()
+
+    def enter(self, record: Record) -> None:
+        """A request has ended now: it was answered, or its client has left."""
+        if not self._ended:
+            asyncio.get_running_loop().call_soon(self._write)
+        record.end()
+        self._ended.append(record)
+
+    def _write(self) -> None:
+        ended, self._ended = self._ended, []
+        for record in ended:
+            self._metrics.count_request(record)
+            log_request(record)
