@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from fastapi import Request
 from pydantic_core import to_json
 
+from service.answering import answer_all
 from service.archives import Archive
 from service.errors import ClarifierError, ClientLeft, TooManyPixels, problem_of
 from service.images import encode_purified
 from service.parameters import DefenseParameters, PurifyParameters
-from service.questions import Prepared, Question, answer_all, draw_seed, in_thread
+from service.questions import Prepared, Question, draw_seed, in_thread
 from service.queue import Completed
 from service.schemas import Problem, PurifiedImage, PurifyBatchResponse
 from service.uploads import BATCH_BODY_IMAGES, Account

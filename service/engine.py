@@ -186,34 +186,41 @@ def _classify(
         probabilities = _on_host(bundle.probabilities(key.defense, images, votes=key.votes, seed=seeds, ran=ran))
     else:
         probabilities = _on_host(bundle.probabilities("none", purified, votes=1, seed=seeds))
-    undefended: Sequence[Floats | None] = [None] * len(images)
-    scores: Sequence[float | None] = [None] * len(images)
+    nothing: Sequence[None] = [None] * len(images)
+    bare: Floats | None = None
+    scores: Floats | None = None
     if key.explain:
         bare = probabilities if key.defense == "none" else _on_host(bundle.probabilities("none", images, seed=seeds))
-        undefended = list(bare)
         if bundle.manifest.aid_threshold is not None:
-            scores = _on_host(bundle.aid_score(images)).tolist()
-    chains: Sequence[str | None] = ran or [None] * len(images)
-    judged: Sequence[Floats | None] = [None] * len(images)
-    if key.purified:
-        judged = list(_pictures(images if purified is None else purified))
-    parts = zip(probabilities, undefended, scores, chains, judged, degraded, strict=True)
-    answers = [Classified(*part) for part in parts]
-    return [answer if _is_finite(answer) else NotFinite() for answer in answers]
+            scores = _on_host(bundle.aid_score(images))
+    judged = _pictures(images if purified is None else purified) if key.purified else None
+    parts = zip(
+        _finite(probabilities, bare, scores, judged),
+        probabilities,
+        nothing if bare is None else bare,
+        nothing if scores is None else scores.tolist(),
+        ran or nothing,
+        nothing if judged is None else judged,
+        degraded,
+        strict=True,
+    )
+    return [Classified(*part) if finite else NotFinite() for finite, *part in parts]
 
 
 def _detect(bundle: LoadedBundle, images: Tensor) -> list[Answer | ClarifierError]:
     scores = _on_host(bundle.aid_score(images))
-    return [Detected(float(score)) if np.isfinite(score) else NotFinite() for score in scores]
+    return [
+        Detected(score) if finite else NotFinite()
+        for score, finite in zip(scores.tolist(), _finite(scores), strict=True)
+    ]
 
 
 def _distances(images: Tensor, purified: Tensor, degraded: Sequence[bool]) -> list[Answer | ClarifierError]:
     """The purified images on the host, each with its distance to what it was."""
     distances = _on_host((purified - images).abs().flatten(1).amax(1))
-    return [
-        Purified(picture, float(distance), less) if np.isfinite(picture).all() else NotFinite()
-        for picture, distance, less in zip(_pictures(purified), distances, degraded, strict=True)
-    ]
+    pictures = _pictures(purified)
+    parts = zip(_finite(pictures), pictures, distances.tolist(), degraded, strict=True)
+    return [Purified(*part) if finite else NotFinite() for finite, *part in parts]
 
 
 def _pictures(images: Tensor) -> Floats:
@@ -221,9 +228,11 @@ def _pictures(images: Tensor) -> Floats:
     return np.ascontiguousarray(_on_host(images).transpose(0, 2, 3, 1))
 
 
-def _is_finite(answer: Classified) -> bool:
-    parts = [answer.probabilities, answer.undefended, answer.aid_score, answer.purified]
-    return all(np.isfinite(part).all() for part in parts if part is not None)
+def _finite(*parts: Floats | None) -> list[bool]:
+    """For each image, whether all numbers of `parts`, (N, ...) each, are finite."""
+    sound = [np.isfinite(part).reshape(len(part), -1).all(1) for part in parts if part is not None]
+    finite: list[bool] = np.logical_and.reduce(sound).tolist()
+    return finite
 
 
 def _on_host(tensor: Tensor) -> Floats:

@@ -16,6 +16,7 @@ from fastapi import APIRouter, Request, Response
 from numpy.typing import NDArray
 from pydantic_core import to_json
 
+from service.answering import answer_all
 from service.answers import SCORE_DIGITS, top
 from service.downloads import Download, sending_time_s
 from service.errors import ClarifierError, InvalidInference, NotReady
@@ -28,7 +29,6 @@ from service.probes import GET_AND_HEAD
 from service.questions import (
     Prepared,
     Question,
-    answer_all,
     ask_with,
     check_rights,
     decode,

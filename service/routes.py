@@ -10,6 +10,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 
+from service.answering import answer
 from service.answers import SCORE_DIGITS, classify_response
 from service.batch_answers import Answered, answer_each, check_pixels, problem_in_place, zip_of
 from service.downloads import Download, sending_time_s
@@ -29,7 +30,6 @@ from service.parameters import (
 from service.questions import (
     Prepared,
     Question,
-    answer,
     ask,
     decode,
     decode_all,

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
+from service.answering import watch_for_attacks
 from service.errors import (
     BodyTooLarge,
     ClarifierError,
@@ -32,7 +33,7 @@ from service.jobs.records import CHUNK, Found, Input, Spec, pack_entry, pack_inp
 from service.jobs.store import Answered
 from service.jobs.zips import ZIP_TYPES, zip_images
 from service.parameters import ClassifyParameters, DefenseParameters
-from service.questions import Prepared, Question, decode_all, draw_seed, in_thread, watch_for_attacks
+from service.questions import Prepared, Question, decode_all, draw_seed, in_thread
 from service.settings import Settings
 from service.uploads import Upload, content_type_of
 

@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 
-from service import questions
+from service import answering
 from service.app import decoder_threads
 from service.cache import answer_keys
 from service.dispatch import Places
@@ -470,8 +470,8 @@ def test_large_inputs_are_hashed_in_a_thread(
         threads.append(threading.current_thread().name)
         return answer_keys(*arguments)
 
-    monkeypatch.setattr(questions, "answer_keys", watched)
-    monkeypatch.setattr(questions, "QUICK_HASH_BYTES", quick_bytes)
+    monkeypatch.setattr(answering, "answer_keys", watched)
+    monkeypatch.setattr(answering, "QUICK_HASH_BYTES", quick_bytes)
     for _ in range(2):
         assert server.client.post(URL, content=GOOD).status_code == 200
     assert cached(server) == {"miss": 1, "hit": 1}
