@@ -17,7 +17,7 @@ from service.parameters import ModelParameters
 from service.questions import Prepared, Question, in_thread
 from service.queue import Completed, Outcome
 from service.record import Record
-from service.wire import fits
+from service.remote.wire import fits
 from service.work import Answer, Pixels, is_degraded
 
 logger = logging.getLogger(__name__)

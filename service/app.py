@@ -25,7 +25,7 @@ from service.lag import watch_lag
 from service.loading import Loaded, load_engine
 from service.metrics import Metrics
 from service.middleware import DirectMiddleware, RequestMiddleware
-from service.oip import oip, oip_server
+from service.oip.routes import oip, oip_server
 from service.probes import probes
 from service.rates import MemoryWindows
 from service.reloading import load_noted, reload_when_asked
@@ -37,8 +37,8 @@ from service.uploads import ByteBudget, budget_bytes
 
 if TYPE_CHECKING:
     from service.jobs.board import Board
-    from service.remote_queue import RemoteQueue
-    from service.shared import Shared
+    from service.remote.queue import RemoteQueue
+    from service.remote.shared import Shared
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def _share(settings: Settings, metrics: Metrics) -> Shared | None:
     url = settings.shared_redis_url
     if url is None or not (settings.cache_ttl_s or settings.rate_limit or settings.api_keys_file):
         return None
-    from service.shared import Shared
+    from service.remote.shared import Shared
 
     return Shared(url, metrics, tells=settings.queue == "memory")
 
@@ -157,8 +157,8 @@ async def _start(gateway: Gateway, load: Callable[[Settings], Loaded]) -> None:
 
 
 def _meet_workers(gateway: Gateway) -> None:
-    from service.remote_queue import RemoteQueue
-    from service.store import Store
+    from service.remote.queue import RemoteQueue
+    from service.remote.store import Store
 
     def learn(catalog: Catalog) -> None:
         gateway.catalog = catalog

@@ -1,6 +1,6 @@
 """What stands between the routes and an engine: places are kept, images go in, outcomes come back.
 
-`batching.Batcher` does it in this process, `remote.RemoteQueue` through Redis.
+`batching.Batcher` does it in this process, `remote.queue.RemoteQueue` through Redis.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from service.errors import PROBLEM_JSON, ClientLeft, pages
-from service.oip_messages import ENCODED, PIXELS, InferRequest
+from service.oip.messages import ENCODED, PIXELS, InferRequest
 from service.parameters import InferParameters, Parameters
 from service.schemas import Problem
 

@@ -33,9 +33,9 @@ from service.logs import configure_logging
 from service.metrics import Metrics
 from service.probes import health
 from service.reloading import load_noted, on_hangup, reload_when_asked
-from service.remote_engine import RemoteEngine
+from service.remote.engine import RemoteEngine
+from service.remote.store import Store
 from service.settings import Settings, SettingsError, load_settings
-from service.store import Store
 
 logger = logging.getLogger("service.worker")
 

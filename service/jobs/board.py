@@ -11,9 +11,9 @@ from service.jobs.records import Found, Spec
 from service.jobs.runner import Runner
 from service.jobs.store import Answered, JobStore
 from service.metrics import Metrics
+from service.remote.store import UNREACHABLE
+from service.remote.wire import Malformed
 from service.settings import Settings
-from service.store import UNREACHABLE
-from service.wire import Malformed
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from service.metrics import Metrics
-from service.store import UNREACHABLE
+from service.remote.store import UNREACHABLE
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import to_json
 
+from service.remote.wire import Malformed
 from service.schemas import ClassifyResponse, Problem, PurifiedImage
-from service.wire import Malformed
 from service.work import Key, Operation, Pixels
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -16,8 +16,8 @@ from service.errors import ClientLeft, InferenceFailed, NotReady, UnknownJob, pr
 from service.jobs.board import Board
 from service.jobs.records import Spec, read_line, read_picture
 from service.record import record_of
+from service.remote.wire import Malformed
 from service.schemas import Problem, PurifiedImage, PurifyBatchResponse
-from service.wire import Malformed
 from service.work import Operation
 
 logger = logging.getLogger(__name__)

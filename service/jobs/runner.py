@@ -15,9 +15,9 @@ from service.gateway import Gateway
 from service.jobs.patience import Patience
 from service.jobs.sender import Sender
 from service.jobs.store import JobStore
-from service.remote_queue import RemoteQueue
-from service.store import UNREACHABLE
-from service.wire import Malformed
+from service.remote.queue import RemoteQueue
+from service.remote.store import UNREACHABLE
+from service.remote.wire import Malformed
 
 logger = logging.getLogger(__name__)
 

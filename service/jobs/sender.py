@@ -20,10 +20,10 @@ from service.jobs.records import Found, Input, Spec, pack_entry, unpack_inputs
 from service.jobs.store import Answered, JobStore
 from service.queue import Completed, Outcome
 from service.record import Record
-from service.remote_queue import RemoteQueue
+from service.remote.queue import RemoteQueue
+from service.remote.wire import Malformed
 from service.repository import DescribedBundle
 from service.schemas import PurifiedImage, Timing
-from service.wire import Malformed
 from service.work import Classified, Purified
 
 logger = logging.getLogger(__name__)

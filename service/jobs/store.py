@@ -24,7 +24,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ResponseError
 
 from service.jobs.records import Found, Spec, read_spec
-from service.wire import Malformed
+from service.remote.wire import Malformed
 
 JOBS = "clarifier:jobs"
 JOB = "clarifier:job:"

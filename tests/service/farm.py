@@ -11,7 +11,7 @@ import httpx
 import redis
 
 from service.loading import load_engine
-from service.store import WORK
+from service.remote.store import WORK
 from tests.service.conftest import Server, serving, until
 from tests.service.fakes import green, png
 from tests.service.own_redis import EchoBundle, OwnRedis, start_worker

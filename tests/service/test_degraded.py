@@ -21,9 +21,9 @@ from models.bundle import save_bundle
 from service.engine import Engine
 from service.loading import load_engine
 from service.metrics import Metrics
-from service.remote_engine import RemoteEngine
+from service.remote.engine import RemoteEngine
+from service.remote.store import Store
 from service.settings import Settings
-from service.store import Store
 from service.tokens import TokenBucket
 from service.work import Classified, Key, Operation
 from tests.networks import REAL_SIZE, real_bundle, with_auto

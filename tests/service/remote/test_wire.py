@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from service.errors import ClarifierError, DeadlineExceeded, InferenceFailed, NotFinite, Overloaded
 from service.queue import Completed, Item
-from service.wire import (
+from service.remote.wire import (
     HEAD,
     Malformed,
     fits,

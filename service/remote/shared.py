@@ -24,8 +24,8 @@ from redis.exceptions import ResponseError
 from service.cache import MAX_CACHE_BYTES
 from service.metrics import Metrics
 from service.rates import MemoryWindows, Windows
-from service.store import CACHE, PROBE, RATE, UNREACHABLE
-from service.wire import Malformed, pack_answer, unpack_answer
+from service.remote.store import CACHE, PROBE, RATE, UNREACHABLE
+from service.remote.wire import Malformed, pack_answer, unpack_answer
 from service.work import Answer
 
 logger = logging.getLogger(__name__)

@@ -21,9 +21,9 @@ from service.dispatch import Dispatcher, Places, deliver, new_items
 from service.errors import Draining, InferenceFailed, NotReady, Overloaded
 from service.metrics import Metrics
 from service.queue import Completed, Item, Outcome
+from service.remote.store import UNREACHABLE, Announcement, Request, Store
+from service.remote.wire import Malformed, Reply, fits, pack_work, unpack_reply
 from service.repository import Catalog
-from service.store import UNREACHABLE, Announcement, Request, Store
-from service.wire import Malformed, Reply, fits, pack_work, unpack_reply
 from service.work import Key, Pixels
 
 logger = logging.getLogger(__name__)

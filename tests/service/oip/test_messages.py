@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from models.manifest import Manifest
 from service.errors import BodyTooLarge, ClarifierError, InvalidInference, MalformedJson, MalformedTensor
-from service.oip_messages import inputs_of, outputs_of, read_inference, read_json
+from service.oip.messages import inputs_of, outputs_of, read_inference, read_json
 from service.work import Floats
 from tests.service.manifests import SIDE, fake_manifest
 

@@ -13,7 +13,7 @@ import httpx
 import psutil
 import pytest
 
-from service.store import ANSWERS, WORKER, WORKERS
+from service.remote.store import ANSWERS, WORKER, WORKERS
 from tests.service import own_redis
 from tests.service.conftest import Server, until
 from tests.service.fakes import green, marked, png

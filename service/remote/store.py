@@ -30,7 +30,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
-from service.wire import Fields
+from service.remote.wire import Fields
 
 UNREACHABLE = (RedisError, OSError, TimeoutError)
 """What every method raises where Redis cannot be reached, or refuses."""

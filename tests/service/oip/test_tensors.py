@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from service.errors import BadBase64, BodyTooLarge, InvalidInference, MalformedTensor
-from service.oip_tensors import read_base64, read_elements, read_floats, read_numbers, write_binary
+from service.oip.tensors import read_base64, read_elements, read_floats, read_numbers, write_binary
 
 LIMIT = 100
 SHAPE = (2, 3, 1, 2)

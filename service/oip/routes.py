@@ -22,7 +22,7 @@ from service.downloads import Download, sending_time_s
 from service.errors import ClarifierError, InvalidInference, NotReady
 from service.gateway import gateway_of
 from service.images import Decoded
-from service.oip_messages import Inference, Output, inputs_of, outputs_of, read_inference, write_response
+from service.oip.messages import Inference, Output, inputs_of, outputs_of, read_inference, write_response
 from service.openapi import BINARY, documented_inference
 from service.parameters import ClassifyParameters, ModelParameters, NoParameters, read_parameters
 from service.probes import GET_AND_HEAD

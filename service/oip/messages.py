@@ -18,7 +18,7 @@ from pydantic_core import to_json
 
 from models.manifest import Manifest
 from service.errors import BodyTooLarge, InvalidInference, MalformedJson, MalformedTensor, TooManyImages
-from service.oip_tensors import DATATYPES, read_base64, read_elements, read_floats, read_numbers, write_binary
+from service.oip.tensors import DATATYPES, read_base64, read_elements, read_floats, read_numbers, write_binary
 from service.parameters import InferParameters, printable, validated
 from service.work import Floats
 

@@ -19,7 +19,7 @@ from tritonclient.utils import InferenceServerException
 
 from service.app import create_app
 from service.images import to_floats
-from service.oip import EXTENSIONS, JSON_FLOAT_BYTES
+from service.oip.routes import EXTENSIONS, JSON_FLOAT_BYTES
 from service.settings import Settings
 from service.work import Floats, Pixels
 from tests.service.conftest import Running, running, until
@@ -187,7 +187,7 @@ def test_an_unforeseen_error_is_500_and_says_nothing(service: Running, monkeypat
         raise LookupError("canary")
 
     with monkeypatch.context() as patch:
-        patch.setattr("service.oip.read_inference", fail)
+        patch.setattr("service.oip.routes.read_inference", fail)
         response = service.client.post(INFER, json=request(GOOD))
     assert "canary" not in refuses(service, response, 500, "internal_server_error")
 

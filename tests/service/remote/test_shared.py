@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from redis.asyncio import Redis
 
-import service.shared
+import service.remote.shared
 from service.loading import load_engine
 from service.metrics import Metrics
-from service.shared import ENTRY_BYTES, MAX_CONNECTIONS, MAX_ENTRY_BYTES, Shared, SharedCache, SharedWindows
-from service.store import CACHE, RATE
-from service.wire import pack_answer
+from service.remote.shared import ENTRY_BYTES, MAX_CONNECTIONS, MAX_ENTRY_BYTES, Shared, SharedCache, SharedWindows
+from service.remote.store import CACHE, RATE
+from service.remote.wire import pack_answer
 from service.work import Answer, Classified, Detected, Purified
 from tests.service import own_redis
 from tests.service.conftest import Running, Server, running, serving, until
@@ -52,14 +52,14 @@ class Site:
 def _patient(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a Redis is well, a machine that is slow must not make it look ill."""
     if "impatient" not in request.fixturenames:
-        monkeypatch.setattr(service.shared, "PATIENCE_S", 20.0)
-        monkeypatch.setattr(service.shared, "CONNECT_S", 20.0)
+        monkeypatch.setattr(service.remote.shared, "PATIENCE_S", 20.0)
+        monkeypatch.setattr(service.remote.shared, "CONNECT_S", 20.0)
 
 
 @pytest.fixture
 def impatient() -> float:
     """As it is outside of tests: how long a request waits."""
-    return service.shared.PATIENCE_S
+    return service.remote.shared.PATIENCE_S
 
 
 @pytest.fixture
@@ -209,7 +209,7 @@ def test_what_is_wrong_is_logged_when_it_changes_and_not_while_it_lasts(
     site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:
     def said() -> list[str]:
-        return [line.message for line in caplog.records if line.name == "service.shared"]
+        return [line.message for line in caplog.records if line.name == "service.remote.shared"]
 
     caplog.set_level("INFO")
     server = site.service(rate_limit="100000/hour")

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.remote_queue import RemoteQueue
-from service.store import ANSWERS, PARKED
+from service.remote.queue import RemoteQueue
+from service.remote.store import ANSWERS, PARKED
 from tests.service import own_redis
 from tests.service.conftest import Server, until
 from tests.service.fakes import marked, png

@@ -22,10 +22,10 @@ from service.errors import ClarifierError, ClientLeft, Draining, InferenceFailed
 from service.loading import Loaded
 from service.metrics import Metrics
 from service.queue import Item, Outcome
+from service.remote.store import UNREACHABLE, Announcement, Store, Taken
+from service.remote.wire import Malformed, Work, pack_reply, unpack_work
 from service.repository import Catalog, DescribedBundle, name_of
 from service.settings import Settings
-from service.store import UNREACHABLE, Announcement, Store, Taken
-from service.wire import Malformed, Work, pack_reply, unpack_work
 from service.work import Key
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""Gateways and workers that meet in Redis, and what gateways share there."""
