@@ -165,7 +165,13 @@ def _meet_workers(gateway: Gateway) -> None:
 
     settings = gateway.settings
     store = Store(settings.redis_url.get_secret_value())
-    queue = RemoteQueue(store, max_queue_size=settings.max_queue_size, metrics=gateway.metrics, learn=learn)
+    queue = RemoteQueue(
+        store,
+        max_queue_size=settings.max_queue_size,
+        max_batch_size=settings.max_batch_size,
+        metrics=gateway.metrics,
+        learn=learn,
+    )
     gateway.metrics.watch(lambda: queue.depth, lambda: 0.0)
     queue.start()
     gateway.batcher = queue

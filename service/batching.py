@@ -14,10 +14,11 @@ import logging
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-from service.dispatch import Dispatcher, Places, deliver, new_items
-from service.errors import ClarifierError, DeadlineExceeded, Draining, InferenceFailed, NotFinite, NotReady, Overloaded
+from service.dispatch import Dispatcher, Places, deliver, new_items, refuse_if_late
+from service.errors import ClarifierError, DeadlineExceeded, Draining, InferenceFailed, NotFinite, NotReady
 from service.metrics import Metrics
 from service.pace import Pace
 from service.queue import BatchQueue, Completed, Item, Outcome
@@ -27,9 +28,6 @@ logger = logging.getLogger(__name__)
 
 IDLE_BEAT_S = 0.5
 """How often the engine thread shows that it is alive while there is nothing to do."""
-
-IN_TIME = 0.8
-"""Of the time that is left to a request, what those before it may be expected to take."""
 
 RunBatch = Callable[[Key, Sequence[Pixels], Sequence[int]], Ran]
 """Outcomes in the order of the images; an image can fail alone with the error in its place."""
@@ -55,7 +53,7 @@ class Batcher(Dispatcher):
         self._queue = BatchQueue(max_batch_size, max_queue_delay_ms / 1000)
         self._coming: list[Item] = []
         """Admitted in this turn of the event loop, whose thread alone uses it."""
-        self._pace = Pace()
+        self._pace = Pace(self._queue.room)
         self._changed = threading.Condition()
         self._running: list[Item] = []
         self._running_since = 0.0
@@ -84,12 +82,11 @@ class Batcher(Dispatcher):
             if left_s <= self._pace.expected_s([(key, 1)]):  # too late whoever is there
                 return
             ran_s = now - self._running_since
-            running_s = self._pace.expected_s((item.key, 1) for item in self._running)
-            counts = [*self._queue.counts(), (key, len(self._coming) + self._reserved + 1)]
-            expected_s = max(0.0, running_s - ran_s) + self._pace.expected_s(counts)
-        late_s = expected_s - IN_TIME * left_s
-        if late_s > 0:
-            raise Overloaded(f"what waits already takes {expected_s:.1f} s", retry_after_s=late_s)
+            running = [(item.key, len(self._running)) for item in self._running[:1]]
+            counts = Counter(dict(self._queue.counts()))
+            counts[key] += len(self._coming) + self._reserved + 1
+            expected_s = max(0.0, self._pace.expected_s(running) - ran_s) + self._pace.expected_s(counts.items())
+        refuse_if_late(expected_s, left_s)
 
     def admit(
         self, places: Places, key: Key, images: Sequence[Pixels], seeds: Sequence[int], deadline: float

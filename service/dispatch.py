@@ -14,6 +14,9 @@ from service.errors import ClarifierError, ClientLeft, DeadlineExceeded, Overloa
 from service.queue import Item, Outcome
 from service.work import Key, Pixels
 
+IN_TIME = 0.8
+"""Of the time that is left to a request, what those before it may be expected to take."""
+
 
 class Places:
     """How many places in a queue are kept for the images of one request, which are still being decoded.
@@ -170,6 +173,13 @@ def new_items(key: Key, images: Sequence[Pixels], seeds: Sequence[int], deadline
     return [
         Item(key, image, seed, deadline, now, loop.create_future()) for image, seed in zip(images, seeds, strict=True)
     ]
+
+
+def refuse_if_late(expected_s: float, left_s: float) -> None:
+    """Raise Overloaded if what is before a request is expected to take too much of the time that is left to it."""
+    late_s = expected_s - IN_TIME * left_s
+    if late_s > 0:
+        raise Overloaded(f"what waits already takes {expected_s:.1f} s", retry_after_s=late_s)
 
 
 def deliver(outcomes: Iterable[tuple[Item, Outcome]]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable
 from statistics import median
 
 from service.work import Key
@@ -11,26 +12,50 @@ from service.work import Key
 MAX_KEYS = 256
 """That are remembered: clients can make more of chains and votes."""
 LAST_BATCHES = 5
-"""That tell. Their median does: a machine that stood still for a while is not slow for all that come after."""
+"""Of one size, that tell. Their median does: a machine that stood still for a while is not slow for all after it."""
 
 
 class Pace:
-    """Seconds that an image takes, by its key; a key that has not run yet counts as none."""
+    """Seconds that batches take, by key and size; a key that has not run yet counts as none.
 
-    def __init__(self) -> None:
-        self._seconds: dict[Key, float] = {}
-        self._last: dict[Key, deque[float]] = {}
+    What is not known is taken to be fast, so that nobody is refused for it: a batch that is larger than all before it
+    to take no longer than the largest, and one between two known sizes its share of the larger.
+    """
+
+    def __init__(self, room: Callable[[Key], int]) -> None:
+        """`room` tells how many images of a key run together."""
+        self._room = room
+        self._last: dict[Key, dict[int, deque[float]]] = {}
+        self._seconds: dict[Key, list[tuple[int, float]]] = {}
+        """Sizes in their order, and the median of each."""
 
     def note(self, key: Key, images: int, seconds: float) -> None:
         """A batch of `images` took `seconds`."""
-        last = self._last.pop(key, None) or deque(maxlen=LAST_BATCHES)
-        last.append(seconds / images)
+        last = self._last.pop(key, None) or defaultdict(lambda: deque(maxlen=LAST_BATCHES))
+        last[images].append(seconds)
         self._last[key] = last  # at the end: what ran last is forgotten last
-        self._seconds[key] = median(last)
+        self._seconds[key] = sorted((size, median(took)) for size, took in last.items())
         if len(self._last) > MAX_KEYS:
             oldest = next(iter(self._last))
             del self._last[oldest], self._seconds[oldest]
 
     def expected_s(self, counts: Iterable[tuple[Key, int]]) -> float:
-        """For so many images of each key."""
-        return sum(self._seconds.get(key, 0.0) * count for key, count in counts)
+        """For so many images of each key, in batches that are as full as they can be."""
+        expected_s = 0.0
+        for key, count in counts:
+            if (known := self._seconds.get(key)) is not None:
+                room = self._room(key)
+                full, rest = divmod(count, room)
+                expected_s += full * _batch_s(known, room) + _batch_s(known, rest)
+        return expected_s
+
+
+def _batch_s(known: list[tuple[int, float]], images: int) -> float:
+    if not images:
+        return 0.0
+    place = bisect_left(known, (images, 0.0))
+    smaller_s = known[place - 1][1] if place else 0.0
+    if place == len(known):
+        return smaller_s
+    larger, larger_s = known[place]
+    return max(smaller_s, larger_s * images / larger)

@@ -85,7 +85,7 @@ class BatchQueue:
 
     def is_full(self, key: Key) -> bool:
         """Whether a whole batch of `key` waits."""
-        return len(self._groups.get(key, ())) >= self._room(key)
+        return len(self._groups.get(key, ())) >= self.room(key)
 
     def counts(self) -> list[tuple[Key, int]]:
         """How many images of each key wait."""
@@ -108,12 +108,12 @@ class BatchQueue:
 
     def _take_from(self, key: Key) -> list[Item]:
         group = self._groups[key]
-        batch = [group.popleft() for _ in range(min(len(group), self._room(key)))]
+        batch = [group.popleft() for _ in range(min(len(group), self.room(key)))]
         self._forget_if_empty(key)
         self.depth -= len(batch)
         return batch
 
-    def _room(self, key: Key) -> int:
+    def room(self, key: Key) -> int:
         """How many images of `key` run together."""
         return max(1, self._max_batch_size // key.votes)
 

@@ -13,13 +13,15 @@ import itertools
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from models.manifest import Manifest
-from service.dispatch import Dispatcher, Places, deliver, new_items
+from service.dispatch import Dispatcher, Places, deliver, new_items, refuse_if_late
 from service.errors import Draining, InferenceFailed, NotReady, Overloaded
 from service.metrics import Metrics
+from service.pace import Pace
 from service.queue import Completed, Item, Outcome
 from service.remote.store import UNREACHABLE, Announcement, Request, Store
 from service.remote.wire import Malformed, Reply, fits, pack_work, unpack_reply
@@ -63,8 +65,15 @@ class RemoteQueue(Dispatcher):
     """The queue in Redis, as one gateway sees it. `learn` is told of the bundles whenever they change."""
 
     def __init__(
-        self, store: Store, *, max_queue_size: int, metrics: Metrics, learn: Callable[[Catalog], None]
+        self,
+        store: Store,
+        *,
+        max_queue_size: int,
+        max_batch_size: int,
+        metrics: Metrics,
+        learn: Callable[[Catalog], None],
     ) -> None:
+        """`max_batch_size` is what workers are expected to have too."""
         super().__init__(max_queue_size)
         self.name = secrets.token_hex(8)
         self._store = store
@@ -74,6 +83,9 @@ class RemoteQueue(Dispatcher):
         self._sent: dict[str, Sent] = {}
         """By uid: everything that is not answered, sent or not."""
         self._uids: dict[Item, str] = {}
+        self._waiting = Counter[Key]()
+        """Those of `_sent` that somebody waits for: jobs come after them."""
+        self._pace = Pace(lambda key: max(1, max_batch_size // key.votes))
         self._unsent: list[list[Sent]] = []
         self._tried: list[list[Sent]] = []
         """Of the current hand-over: added or not, if Redis was asked and has not answered."""
@@ -104,7 +116,17 @@ class RemoteQueue(Dispatcher):
     # --- a request's way
 
     def check_in_time(self, key: Key, deadline: float) -> None:
-        """Nothing is known of how fast workers are."""
+        """As `Dispatcher.check_in_time`, by how long the last batches took that were answered here.
+
+        What waits for other gateways is not known: who is refused would have been too late without it.
+        """
+        if not self._waiting or not self._workers:
+            return
+        left_s = deadline - time.monotonic()
+        if left_s > self._pace.expected_s([(key, 1)]):  # else too late whoever is there
+            counts = self._waiting.copy()
+            counts[key] += 1
+            refuse_if_late(self._pace.expected_s(counts.items()) / self._workers, left_s)
 
     def admit(
         self,
@@ -128,6 +150,8 @@ class RemoteQueue(Dispatcher):
         request = [Sent(f"{self.name}-{next(self._numbers)}", item, digest, spare=spare) for item in items]
         for sent in request:
             self._sent[sent.uid], self._uids[sent.item] = sent, sent.uid
+        if not spare:
+            self._waiting[key] += len(request)
         self._unsent.append(request)
         self._wake.set()
         return items
@@ -135,15 +159,23 @@ class RemoteQueue(Dispatcher):
     def _forget(self, items: Iterable[Item]) -> None:
         for item in items:
             uid = self._uids.pop(item, None)
-            sent = None if uid is None else self._sent.pop(uid)
+            sent = None if uid is None else self._take_out(uid)
             if sent is not None and sent.entry is not None:
                 self._unwanted.append((sent.digest, sent.entry))
                 self._wake.set()
 
     def _answer(self, sent: Sent, outcome: Outcome) -> None:
         self._uids.pop(sent.item, None)
-        self._sent.pop(sent.uid, None)
+        self._take_out(sent.uid)
         deliver([(sent.item, outcome)])
+
+    def _take_out(self, uid: str) -> Sent | None:
+        sent = self._sent.pop(uid, None)
+        if sent is not None and not sent.spare:
+            self._waiting[sent.item.key] -= 1
+            if not self._waiting[sent.item.key]:
+                del self._waiting[sent.item.key]
+        return sent
 
     def _check_running(self) -> None:
         if self._finishing:
@@ -300,6 +332,7 @@ class RemoteQueue(Dispatcher):
             self._metrics.redis_errors.labels("malformed").inc()
             outcome = InferenceFailed()
         if isinstance(outcome, Completed):
+            self._pace.note(sent.item.key, outcome.batch_size, outcome.inference_ms / 1000)
             waited_ms = 1000 * (time.monotonic() - sent.item.enqueued_at) - outcome.inference_ms
             outcome = Completed(
                 outcome.answer, max(0.0, waited_ms), outcome.inference_ms, outcome.batch_size, outcome.stage_ms

@@ -24,6 +24,7 @@ from service.errors import (
     Overloaded,
 )
 from service.metrics import Metrics
+from service.pace import LAST_BATCHES
 from service.queue import Completed, Item
 from service.work import Answer, Detected, EngineFault, Key, Operation, Pixels, Ran
 
@@ -155,12 +156,13 @@ def test_who_would_wait_in_vain_is_refused_at_once() -> None:
             for one in waiting:
                 await answer(batcher, one)
             batcher.check_in_time(A, time.monotonic() + 1e-3)  # nobody waits
-            held = await hold(engine, batcher)  # the last ones were quick, and the pace is still that of the first
+            held = await hold(engine, batcher)
+            for _ in range(LAST_BATCHES):
+                batcher._pace.note(A, 1, 0.5)
             waiting = [admit(batcher, [value]) for value in range(1, 9)]
             await eventually(lambda: batcher._queue.depth == 8)
-            each_s = batcher._pace.expected_s([(A, 1)])
             with pytest.raises(Overloaded) as refused:
-                batcher.check_in_time(A, time.monotonic() + 4 * each_s)
+                batcher.check_in_time(A, time.monotonic() + 4 * 0.5)
             assert refused.value.retry_after_s > 0
             batcher.check_in_time(A, time.monotonic() + 1000)
             batcher.check_in_time(A, time.monotonic() - 1)  # that is 504

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from service.pace import LAST_BATCHES, MAX_KEYS, Pace
@@ -10,18 +12,39 @@ from service.work import Key, Operation
 FAST, SLOW = Key(Operation.CLASSIFY, "a@1", "none"), Key(Operation.CLASSIFY, "a@1", "zeropur")
 
 
-def test_the_last_batches_tell_how_long_images_take() -> None:
-    pace = Pace()
-    assert pace.expected_s([(FAST, 100)]) == 0
-    pace.note(FAST, 10, 1.0)
-    pace.note(SLOW, 2, 4.0)
-    assert pace.expected_s([(FAST, 5), (SLOW, 3)]) == pytest.approx(6.5)
-    pace.note(SLOW, 4, 16.0)
-    assert pace.expected_s([(SLOW, 1)]) == pytest.approx(3.0)
+def paced() -> Pace:
+    """Eight images of a key run together."""
+    return Pace(lambda key: 8 // key.votes)
+
+
+def test_what_has_not_run_counts_as_nothing() -> None:
+    assert paced().expected_s([(FAST, 100)]) == 0
+
+
+def test_images_are_expected_in_batches_that_are_as_full_as_they_can_be() -> None:
+    pace = paced()
+    pace.note(FAST, 8, 2.0)
+    pace.note(FAST, 1, 1.0)
+    pace.note(SLOW, 1, 7.0)
+    assert pace.expected_s([(FAST, 8)]) == 2.0
+    assert pace.expected_s([(FAST, 17), (SLOW, 1)]) == 2 * 2.0 + 1.0 + 7.0
+    twice = replace(FAST, votes=2)
+    pace.note(twice, 4, 3.0)
+    assert pace.expected_s([(twice, 8)]) == 2 * 3.0
+
+
+def test_what_is_not_known_is_taken_to_be_fast() -> None:
+    pace = paced()
+    pace.note(FAST, 2, 1.0)
+    assert pace.expected_s([(FAST, 8)]) == 1.0, "no slower than the largest that ran"
+    pace.note(FAST, 6, 2.0)
+    assert pace.expected_s([(FAST, 1)]) == 0.5, "its share of the smallest that ran"
+    assert pace.expected_s([(FAST, 5)]) == pytest.approx(2.0 * 5 / 6), "its share of the next larger"
+    assert pace.expected_s([(FAST, 3)]) == 1.0, "and no faster than the next smaller"
 
 
 def test_a_machine_that_stood_still_is_not_slow_for_all_that_come_after() -> None:
-    pace = Pace()
+    pace = paced()
     for seconds in (1.0, 1.0, 60.0, 1.0, 60.0):
         pace.note(FAST, 1, seconds)
     assert pace.expected_s([(FAST, 1)]) == 1.0
@@ -31,7 +54,7 @@ def test_a_machine_that_stood_still_is_not_slow_for_all_that_come_after() -> Non
 
 
 def test_it_remembers_so_many_keys_and_forgets_what_ran_longest_ago() -> None:
-    pace = Pace()
+    pace = paced()
     keys = [Key(Operation.CLASSIFY, "a@1", f"chain{number}") for number in range(MAX_KEYS)]
     for key in [*keys, keys[0], FAST]:
         pace.note(key, 1, 1.0)

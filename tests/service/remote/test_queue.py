@@ -85,6 +85,23 @@ def test_what_a_redis_has_forgotten_is_sent_again(farm: Farm) -> None:
     until(lambda: farm.waiting() == 0)
 
 
+def test_who_would_wait_in_vain_is_refused_at_once(farm: Farm) -> None:
+    server = farm.gateway(max_batch_size=1)
+    farm.worker(delay_s=1.0, max_batch_size=1)
+    ready(server)
+    hurried = {"x-request-timeout-ms": "2500"}
+    assert server.client.post("/classify", content=GOOD, headers=hurried).status_code == 200
+    with ThreadPoolExecutor(6) as clients:
+        answers = [clients.submit(classify, server) for _ in range(6)]
+        until(lambda: farm.waiting() == 6)
+        refused = server.client.post("/classify", content=GOOD, headers=hurried)
+        assert (refused.status_code, refused.json()["code"]) == (429, "queue_full")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert farm.waiting() >= 5, "it did not wait"
+        assert [answer.result().status_code for answer in answers] == [200] * 6
+    assert not server.gateway.batcher._waiting  # type: ignore[union-attr]
+
+
 def test_who_leaves_and_who_is_too_late_never_reach_the_engine(farm: Farm) -> None:
     server = farm.gateway()
     farm.worker(max_batch_size=1)
@@ -119,7 +136,7 @@ def test_a_gateway_needs_no_torch_and_little_memory(farm: Farm) -> None:
     port = own_redis.free_port()
     given = {"QUEUE": "redis", "REDIS_URL": farm.redis.url, "PORT": str(port), "DEFAULT_MODEL": "colors"}
     tells = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules))"
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     line = [sys.executable, "-c", f"{tells}; from service.__main__ import main; main()"]
     environment = {**os.environ, **{f"CLARIFIER_{name}": value for name, value in given.items()}}
     process = subprocess.Popen(line, cwd=root, env=environment, stdout=subprocess.PIPE, text=True)
