@@ -422,7 +422,10 @@ def test_sighup_while_it_starts_means_once_more_afterwards(tmp_path: Path) -> No
 
 def test_row_76_sigterm_during_a_reload_answers_what_was_accepted_and_exits_0(tmp_path: Path) -> None:
     place(tmp_path, 0)
-    with gateway(tmp_path, FAKE_DELAY_S=6, max_batch_size=1) as (started, client, log), ThreadPoolExecutor(2) as clients:
+    with (
+        gateway(tmp_path, FAKE_DELAY_S=6, max_batch_size=1) as (started, client, log),
+        ThreadPoolExecutor(2) as clients,
+    ):
         until(lambda: is_ready(client))
         slow = place(tmp_path, 1, SLOW)
         hang_up(started)
