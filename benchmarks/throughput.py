@@ -71,7 +71,7 @@ def run() -> dict[str, object]:
         "wanted_resident_mb": WANTED_RESIDENT_MB,
         "rounds": rounds,
         "clients": CLIENTS,
-        "batch_size": batch_size,
+        "batch_size": int(batch_size),
     }
 
 

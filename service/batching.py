@@ -84,7 +84,8 @@ class Batcher(Dispatcher):
             ran_s = now - self._running_since
             running = [(item.key, len(self._running)) for item in self._running[:1]]
             counts = Counter(dict(self._queue.counts()))
-            counts[key] += len(self._coming) + self._reserved + 1
+            counts.update(item.key for item in self._coming)
+            counts[key] += 1
             expected_s = max(0.0, self._pace.expected_s(running) - ran_s) + self._pace.expected_s(counts.items())
         refuse_if_late(expected_s, left_s)
 

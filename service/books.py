@@ -6,10 +6,13 @@ Between requests the code that does it would be out of the processor's caches ea
 from __future__ import annotations
 
 import asyncio
+import logging
 
 from service.logs import log_request
 from service.metrics import Metrics
 from service.record import Record
+
+logger = logging.getLogger(__name__)
 
 
 class Books:
@@ -29,5 +32,8 @@ class Books:
     def _write(self) -> None:
         ended, self._ended = self._ended, []
         for record in ended:
-            self._metrics.count_request(record)
-            log_request(record)
+            try:
+                self._metrics.count_request(record)
+                log_request(record)
+            except Exception:  # the others are written all the same
+                logger.exception("a request could not be written down")

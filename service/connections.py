@@ -88,6 +88,8 @@ class BoundedHttp(HttpToolsProtocol):
         self._message_ended = True
         vars(self)["scope"][WHOLE] = True
         super().on_message_complete()
+        if not self.pipeline:  # a large body has paused it, and a client that leaves is seen by reading only
+            self.flow.resume_reading()
 
     def send_400_response(self, msg: str) -> None:
         """What uvicorn calls for a message that it cannot read."""

@@ -51,7 +51,6 @@ BYTES_PER_DECODED_PIXEL = 40
 """At most, at the worst moment of decoding an upload or changing it at its own size; a test measures it."""
 BYTES_PER_PURIFIED_SAMPLE = 5
 """Of an image at the model's size, kept beside what it became: uint8 and float32."""
-CONTRADICTION = "the image contradicts itself about its size"
 MAX_WEBP_SIDE = 16383
 """The format has no larger pictures."""
 
@@ -174,30 +173,30 @@ def encode_pixels(pixels: Pixels, media_type: str) -> bytes:
 
 def _upright_rgb(header: Header) -> Image.Image:
     """Decode, steps 1 and 2 of the recipe."""
-    rgb = (_plain_jpeg(header.data) if header.format == "jpeg" else None) or _decode_by_pillow(header)
-    if rgb.size != (header.width, header.height):
-        raise Undecodable(CONTRADICTION)
+    rgb = (_plain_jpeg(header) if header.format == "jpeg" else None) or _decode_by_pillow(header)
     turn = TURNS.get(header.orientation)
     return rgb if turn is None else rgb.transpose(turn)
 
 
-def _plain_jpeg(data: bytes) -> Image.Image | None:
+def _plain_jpeg(header: Header) -> Image.Image | None:
     """None for other colors, and for whatever is unusual or damaged: Pillow's word on it holds."""
+    size = header.width, header.height
     try:
-        if simplejpeg.decode_jpeg_header(data)[2] not in PLAIN_JPEG_COLORS:
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(header.data, strict=True)
+        if (width, height) != size or colors not in PLAIN_JPEG_COLORS:
             return None
-        pixels = simplejpeg.decode_jpeg(data, "RGBX", fastdct=False, fastupsample=False)  # as Pillow keeps them
-    except ValueError:
+        # four bytes a pixel, as Pillow keeps them
+        pixels = simplejpeg.decode_jpeg(header.data, "RGBX", fastdct=False, fastupsample=False, strict=True)
+    except (ValueError, KeyError, RuntimeError):  # KeyError: a subsampling that it has no name for
         return None
-    height, width, _ = pixels.shape
-    return Image.frombytes("RGB", (width, height), pixels, "raw", "RGBX")
+    return Image.frombytes("RGB", size, pixels, "raw", "RGBX")
 
 
 def _decode_by_pillow(header: Header) -> Image.Image:
     try:
         image = DECODERS[header.format](io.BytesIO(header.data))
         if image.size != (header.width, header.height):
-            raise Undecodable(CONTRADICTION)
+            raise Undecodable("the image contradicts itself about its size")
         image.load()
         return to_rgb(image)
     except DAMAGED as error:

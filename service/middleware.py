@@ -14,9 +14,9 @@ from service.books import Books
 from service.connections import MAX_HEAD_BYTES
 from service.entropy import Entropy
 from service.errors import ClarifierError, HeadersTooLarge, TooBusy, answer_of
-from service.heads import headers_of
 from service.metrics import Metrics
 from service.record import Record, new_record
+from service.request_headers import headers_of
 
 MAX_ACTIVE_REQUESTS = 2048
 """That are being answered; idle connections are not counted."""

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import QueryParams
 
 from service.errors import DeadlineExceeded, InvalidParameter
-from service.heads import headers_of
+from service.request_headers import headers_of
 from service.schemas import ParameterProblem
 
 MAX_VOTES = 64
@@ -211,7 +211,7 @@ def read_timeout_s(request: Request, longest_s: float) -> float:
 
 def read_accepted(request: Request, offered: tuple[str, ...]) -> str | None:
     """The type of `offered` that the Accept header prefers, the first of equals; None if it accepts none."""
-    accept = request.headers.get("accept", "*/*") or "*/*"
+    accept = headers_of(request.scope).get("accept", "*/*") or "*/*"
     best, best_quality = None, 0.0
     for media_type in offered:
         quality = _quality(media_type, accept)

@@ -8,7 +8,6 @@ queue, except that `/purify?size=original` decodes the upload again for its answ
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -36,8 +35,6 @@ from service.record import Record, record_of
 from service.repository import Catalog, DescribedBundle
 from service.uploads import Account, read_image, read_images
 from service.work import Key, Operation
-
-logger = logging.getLogger(__name__)
 
 FRESH_SEED_BITS = 53
 """Of seeds that we draw, so that JSON clients that count in doubles can send them back."""
@@ -125,7 +122,7 @@ def ask_with(request: Request, operation: Operation, parameters: Given) -> Quest
     visit = gateway.let_in()
     batcher, catalog = visit.batcher, gateway.catalog
     try:
-        key, bundle = catalog.remember(_find, operation, parameters, gateway.settings.default_model)
+        key, bundle = catalog.remember(_find, operation, _without_seed(parameters), gateway.settings.default_model)
         record.model, record.digest = key.model, bundle.digest
         record.defense = key.defense if isinstance(parameters, DefenseParameters) else ""
         check_rights(request, key, catalog)
@@ -137,6 +134,13 @@ def ask_with(request: Request, operation: Operation, parameters: Given) -> Quest
     return Question(
         gateway, visit, batcher, batcher.places(), account, record, parameters, catalog, bundle, key, deadline
     )
+
+
+def _without_seed(parameters: Given) -> Given:
+    """What many clients ask alike: many send a seed of their own."""
+    if not isinstance(parameters, DefenseParameters) or parameters.seed is None:
+        return parameters
+    return parameters.model_copy(update={"seed": None})
 
 
 def _find(

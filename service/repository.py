@@ -18,7 +18,7 @@ from service.work import EngineFault
 logger = logging.getLogger(__name__)
 
 REMEMBERED_CHAINS = 1024
-REMEMBERED_WISHES = 1024
+REMEMBERED_QUESTIONS = 1024
 
 PICKLES = (".pt", ".pt2", ".pth", ".pkl", ".pickle", ".ckpt", ".bin", ".mar")
 """Files that can run code when they are read. They are never opened."""
@@ -62,7 +62,7 @@ class Catalog:
         self.refused = tuple(refused)
         self.chain = lru_cache(REMEMBERED_CHAINS)(self._chain)
         """(`name@version` of a bundle, a chain or None for its default) to Chain. Raises UnknownDefense."""
-        self.remember = lru_cache(REMEMBERED_WISHES)(self._call)
+        self.remember = lru_cache(REMEMBERED_QUESTIONS)(self._call)
         """(function, arguments) to what the function makes of this catalog and them; most requests ask the same."""
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -28,7 +28,7 @@ from service.errors import (
     UnsupportedMedia,
     WrongField,
 )
-from service.heads import headers_of
+from service.request_headers import headers_of
 from service.schemas import ParameterProblem
 
 RAW_TYPES = ("", "application/octet-stream", "image/jpeg", "image/jpg", "image/png", "image/webp", "image/bmp")

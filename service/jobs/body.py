@@ -8,6 +8,7 @@ import time
 from fastapi import Request
 
 from service.errors import BodyTooLarge, BodyTooSlow, ClarifierError, ClientLeft, EmptyBody
+from service.request_headers import headers_of
 
 MIN_BYTES_PER_S = 64 * 1024
 """The slowest pace, on average, at which a body may come."""
@@ -29,7 +30,7 @@ class Body:
         self._ended = False
         self.size = 0
         """Bytes that have come."""
-        declared = request.headers.get("content-length", "")
+        declared = headers_of(request.scope).get("content-length", "")
         if declared.isdecimal() and int(declared) > limit:
             raise BodyTooLarge(f"the body may have {limit} bytes", limit=limit, actual=int(declared))
 

@@ -22,7 +22,7 @@ class Patience:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._said = ""
+        self._said = set[str]()
 
     async def until_done(self, step: Callable[[], Awaitable[R]]) -> R:
         """What `step` answers as soon as Redis can be reached."""
@@ -36,11 +36,17 @@ class Patience:
     def note(self, error: BaseException) -> None:
         """Redis could not be reached."""
         self._metrics.redis_errors.labels("jobs").inc()
-        kind = type(error).__name__
-        if kind != self._said:
+        for kind in _kinds(error) - self._said:
             logger.error("Redis (jobs): %s", kind)
-        self._said = kind
+            self._said.add(kind)
 
     def forget(self) -> None:
         """Redis answers: the next error is news."""
-        self._said = ""
+        self._said.clear()
+
+
+def _kinds(error: BaseException) -> set[str]:
+    """The name of an error's type; of a group those of its members."""
+    if isinstance(error, BaseExceptionGroup):
+        return {kind for each in error.exceptions for kind in _kinds(each)}
+    return {type(error).__name__}

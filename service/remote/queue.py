@@ -1,7 +1,7 @@
 """A gateway's way to engines that are elsewhere: images go into Redis, outcomes come back, and no engine is here.
 
-Three loops, none of which an error ends: `_send` hands over what was admitted or withdrawn, many requests at a time;
-`_receive` answers; `_watch` says that this gateway lives and learns who works. Images stay here until they are
+Three loops, none of which an error ends: `_hand_over` sends what was admitted or withdrawn, many requests at a time;
+`_take_answers` answers; `_look` says that this gateway lives and learns who works. Images stay here until they are
 answered, so that a Redis that has forgotten them is given them again. Every deadline is this gateway's own, by the
 monotonic clock: an entry that is too late is taken out of Redis, and no clock is compared with another machine's.
 """
@@ -86,6 +86,8 @@ class RemoteQueue(Dispatcher):
         self._waiting = Counter[Key]()
         """Those of `_sent` that somebody waits for: jobs come after them."""
         self._pace = Pace(lambda key: max(1, max_batch_size // key.votes))
+        self._noted: tuple[Key, int, float] | None = None
+        """The last batch that `_pace` was told of; each of its images brings the same."""
         self._unsent: list[list[Sent]] = []
         self._tried: list[list[Sent]] = []
         """Of the current hand-over: added or not, if Redis was asked and has not answered."""
@@ -102,7 +104,6 @@ class RemoteQueue(Dispatcher):
         self._undescribed: Mapping[str, str] = {}
         """Digests by name: what workers serve, and nobody knows what it is."""
         self._bundles: dict[str, RemoteBundle] = {}
-        self._devices: dict[str, str] = {}
         self._run_id: str | None = None
         self._problem: str | None = "loading"
         self._finishing = False
@@ -118,7 +119,7 @@ class RemoteQueue(Dispatcher):
     def check_in_time(self, key: Key, deadline: float) -> None:
         """As `Dispatcher.check_in_time`, by how long the last batches took that were answered here.
 
-        What waits for other gateways is not known: who is refused would have been too late without it.
+        What waits for other gateways is not known and counts as nothing; what runs already counts in full.
         """
         if not self._waiting or not self._workers:
             return
@@ -332,7 +333,10 @@ class RemoteQueue(Dispatcher):
             self._metrics.redis_errors.labels("malformed").inc()
             outcome = InferenceFailed()
         if isinstance(outcome, Completed):
-            self._pace.note(sent.item.key, outcome.batch_size, outcome.inference_ms / 1000)
+            batch = (sent.item.key, outcome.batch_size, outcome.inference_ms / 1000)
+            if batch != self._noted:
+                self._pace.note(*batch)
+                self._noted = batch
             waited_ms = 1000 * (time.monotonic() - sent.item.enqueued_at) - outcome.inference_ms
             outcome = Completed(
                 outcome.answer, max(0.0, waited_ms), outcome.inference_ms, outcome.batch_size, outcome.stage_ms

@@ -201,14 +201,28 @@ def test_plain_jpegs_have_the_pixels_that_pillow_gives(side: int, sampling: int 
             assert (decoded(file, side, side + 1) == wanted).all()
 
 
-def test_what_only_pillow_reads_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("function", ["decode_jpeg_header", "decode_jpeg"])
+@pytest.mark.parametrize("error", [ValueError, KeyError, RuntimeError])
+def test_what_only_pillow_reads_is_left_to_it(
+    monkeypatch: pytest.MonkeyPatch, function: str, error: type[Exception]
+) -> None:
     def refuse(*_: object, **__: object) -> None:
-        raise ValueError
+        raise error
 
     photograph = encoded(photo(), "JPEG")
-    monkeypatch.setattr("simplejpeg.decode_jpeg", refuse)
+    monkeypatch.setattr(f"simplejpeg.{function}", refuse)
     with Image.open(io.BytesIO(photograph)) as opened:
         assert (decoded(photograph, opened.height, opened.width) == np.asarray(opened)).all()
+
+
+def test_a_size_that_is_not_the_headers_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(*_: object, **__: object) -> None:
+        raise AssertionError("it takes memory for a size that was not checked")
+
+    photograph = encoded(photo(), "JPEG")
+    monkeypatch.setattr("simplejpeg.decode_jpeg_header", lambda *_, **__: (65_500, 65_500, "YCbCr", "420"))
+    monkeypatch.setattr("simplejpeg.decode_jpeg", decode)
+    assert decoded(photograph, 16, 16).shape == (16, 16, 3)
 
 
 def test_row_36_cmyk_jpegs_are_read_inverted_as_adobe_writes_them() -> None:

@@ -147,6 +147,22 @@ def test_row_11_a_client_that_leaves_while_queued_costs_nothing(start: Callable[
     assert _what_became(server) == {"accepted": 3, "answered": 2, "cancelled": 1}
 
 
+def test_row_11_a_client_that_leaves_is_seen_behind_a_large_upload(start: Callable[..., Running]) -> None:
+    server = start()
+    large = png(np.random.default_rng(0).integers(0, 256, (170, 170, 3), dtype=np.uint8))
+    with ThreadPoolExecutor(1) as clients:
+        held = hold(server, clients)
+        with socket.create_connection(("127.0.0.1", server.port)) as leaving:
+            leaving.sendall(f"POST {URL} HTTP/1.1\r\nHost: h\r\nContent-Length: {len(large)}\r\n\r\n".encode())
+            until(lambda: len(server.gateway._in_flight) == 2)
+            leaving.sendall(large)
+            until(lambda: server.metric("clarifier_queue_depth") == 1)
+        until(lambda: server.metric("clarifier_queue_depth") == 0)
+        server.bundle.gate.set()
+        assert held.result().status_code == 200
+    assert _what_became(server) == {"accepted": 2, "answered": 1, "cancelled": 1}
+
+
 def test_row_12_clients_that_leave_at_random_harm_nobody(start: Callable[..., Running]) -> None:
     server = start()
 

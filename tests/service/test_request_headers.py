@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from service.heads import headers_of
+from service.request_headers import headers_of
 
 
 def test_the_first_of_each_name_counts_and_is_read_once() -> None:
