@@ -18,7 +18,6 @@ from service.access import create_access
 from service.batching import Batcher
 from service.cache import AnswerCache, MemoryCache
 from service.entropy import Entropy
-from service.errors import install_handlers
 from service.gateway import Gateway
 from service.jobs.routes import jobs
 from service.lag import watch_lag
@@ -27,6 +26,7 @@ from service.metrics import Metrics
 from service.middleware import DirectMiddleware, RequestMiddleware
 from service.oip.routes import oip, oip_server
 from service.probes import probes
+from service.problems import install_handlers
 from service.rates import MemoryWindows
 from service.reloading import load_noted, reload_when_asked
 from service.repository import Catalog

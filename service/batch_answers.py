@@ -11,9 +11,10 @@ from pydantic_core import to_json
 
 from service.answering import answer_all
 from service.archives import Archive
-from service.errors import ClarifierError, ClientLeft, TooManyPixels, problem_of
+from service.errors import ClarifierError, ClientLeft, TooManyPixels
 from service.images import encode_purified
 from service.parameters import DefenseParameters, PurifyParameters
+from service.problems import problem_of
 from service.questions import Prepared, Question, draw_seed, in_thread
 from service.queue import Completed
 from service.schemas import Problem, PurifiedImage, PurifyBatchResponse

@@ -1,6 +1,6 @@
 """What is counted and logged of every request, for all that have ended in one turn of the event loop together.
 
-Between requests the code that does it would be out of the processor's caches each time: together takes half as long.
+Between requests the code that does it would be out of the processor's caches each time.
 """
 
 from __future__ import annotations

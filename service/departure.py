@@ -41,8 +41,7 @@ class Departure:
 class WhenGone:
     """Inside its `with` block, `callback` is called when the client of `request` leaves. Its body has been read.
 
-    A server that says nothing of departures is asked for messages, by a task. It takes a tenth of a small request's
-    time.
+    A server that says nothing of departures is asked for messages, by a task of its own for each request.
     """
 
     def __init__(self, request: Request, callback: Callback) -> None:

@@ -148,10 +148,7 @@ class Gateway:
 
 
 class Visit:
-    """A request that was let in, until the end of its `with` block.
-
-    Out of whatever it waits for there, Draining is raised when the drain time is over.
-    """
+    """A request that was let in, until `end`."""
 
     __slots__ = ("_gateway", "_task", "batcher")
 
@@ -162,10 +159,8 @@ class Visit:
         self._gateway, self._task = gateway, task
         gateway._in_flight.add(task)
 
-    def __enter__(self) -> Visit:
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
+    def end(self, error: object = None) -> None:
+        """It is answered, or `error` ends it. Raises Draining where that is the end of the drain time."""
         self._gateway._in_flight.discard(self._task)
         self._gateway._finish_if_empty()
         if isinstance(error, asyncio.CancelledError) and self._gateway._abandoned and self._task.uncancel() == 0:

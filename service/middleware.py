@@ -13,8 +13,9 @@ from service.access import Access
 from service.books import Books
 from service.connections import MAX_HEAD_BYTES
 from service.entropy import Entropy
-from service.errors import ClarifierError, HeadersTooLarge, TooBusy, answer_of
+from service.errors import ClarifierError, HeadersTooLarge, TooBusy
 from service.metrics import Metrics
+from service.problems import answer_of
 from service.record import Record, new_record
 from service.request_headers import headers_of
 

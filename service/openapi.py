@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from service.errors import PROBLEM_JSON, ClientLeft, pages
+from service.errors import ClientLeft
 from service.oip.messages import ENCODED, PIXELS, InferRequest
 from service.parameters import InferParameters, Parameters
+from service.problems import PROBLEM_JSON, pages
 from service.schemas import Problem
 
 BINARY: dict[str, Any] = {"type": "string", "format": "binary"}

@@ -26,15 +26,16 @@ class Pace:
         """`room` tells how many images of a key run together."""
         self._room = room
         self._last: dict[Key, dict[int, deque[float]]] = {}
-        self._seconds: dict[Key, list[tuple[int, float]]] = {}
-        """Sizes in their order, and the median of each."""
+        self._seconds: dict[Key, dict[int, float]] = {}
+        """The median of each size."""
 
     def note(self, key: Key, images: int, seconds: float) -> None:
         """A batch of `images` took `seconds`."""
         last = self._last.pop(key, None) or defaultdict(lambda: deque(maxlen=LAST_BATCHES))
-        last[images].append(seconds)
+        size = min(images, self._room(key))
+        last[size].append(seconds)
         self._last[key] = last  # at the end: what ran last is forgotten last
-        self._seconds[key] = sorted((size, median(took)) for size, took in last.items())
+        self._seconds.setdefault(key, {})[size] = median(last[size])
         if len(self._last) > MAX_KEYS:
             oldest = next(iter(self._last))
             del self._last[oldest], self._seconds[oldest]
@@ -43,8 +44,8 @@ class Pace:
         """For so many images of each key, in batches that are as full as they can be."""
         expected_s = 0.0
         for key, count in counts:
-            if (known := self._seconds.get(key)) is not None:
-                room = self._room(key)
+            if key in self._seconds:
+                room, known = self._room(key), sorted(self._seconds[key].items())
                 full, rest = divmod(count, room)
                 expected_s += full * _batch_s(known, room) + _batch_s(known, rest)
         return expected_s

@@ -54,7 +54,6 @@ class Question(Generic[P]):
 
     gateway: Gateway
     visit: Visit
-    batcher: Dispatcher
     places: Places
     account: Account
     record: Record
@@ -65,6 +64,11 @@ class Question(Generic[P]):
     key: Key
     deadline: float
     """A reading of the monotonic clock."""
+
+    @property
+    def batcher(self) -> Dispatcher:
+        """The queue that it was let into."""
+        return self.visit.batcher
 
     @property
     def manifest(self) -> Manifest:
@@ -98,7 +102,7 @@ class Question(Generic[P]):
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self.account.release()
         self.places.free()
-        self.visit.__exit__(kind, error, trace)
+        self.visit.end(error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,18 +126,17 @@ def ask_with(request: Request, operation: Operation, parameters: Given) -> Quest
     visit = gateway.let_in()
     batcher, catalog = visit.batcher, gateway.catalog
     try:
-        key, bundle = catalog.remember(_find, operation, _without_seed(parameters), gateway.settings.default_model)
+        asked = (operation, _without_seed(parameters), gateway.settings.default_model)
+        key, bundle = catalog.memoized(_find, asked)
         record.model, record.digest = key.model, bundle.digest
         record.defense = key.defense if isinstance(parameters, DefenseParameters) else ""
         check_rights(request, key, catalog)
         batcher.check_in_time(key, deadline)
     except BaseException:
-        visit.__exit__(None, None, None)
+        visit.end()
         raise
-    account = gateway.uploads.account()
-    return Question(
-        gateway, visit, batcher, batcher.places(), account, record, parameters, catalog, bundle, key, deadline
-    )
+    places, account = batcher.places(), gateway.uploads.account()
+    return Question(gateway, visit, places, account, record, parameters, catalog, bundle, key, deadline)
 
 
 def _without_seed(parameters: Given) -> Given:
@@ -143,9 +146,8 @@ def _without_seed(parameters: Given) -> Given:
     return parameters.model_copy(update={"seed": None})
 
 
-def _find(
-    catalog: Catalog, operation: Operation, parameters: ModelParameters, default_model: str
-) -> tuple[Key, DescribedBundle]:
+def _find(catalog: Catalog, asked: tuple[Operation, ModelParameters, str]) -> tuple[Key, DescribedBundle]:
+    operation, parameters, default_model = asked
     name, bundle = catalog.find(default_model if parameters.model is None else parameters.model)
     return key_for(operation, name, catalog, parameters), bundle
 
@@ -161,7 +163,6 @@ def refine(
     return Question(
         asked.gateway,
         asked.visit,
-        asked.batcher,
         asked.places,
         asked.account,
         asked.record,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from models.manifest import Manifest
 from service.errors import UnknownModel
@@ -41,6 +41,8 @@ class DescribedBundle(Protocol):
 
 
 B = TypeVar("B", bound=DescribedBundle)
+R = TypeVar("R")
+Asked = TypeVar("Asked", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +64,12 @@ class Catalog:
         self.refused = tuple(refused)
         self.chain = lru_cache(REMEMBERED_CHAINS)(self._chain)
         """(`name@version` of a bundle, a chain or None for its default) to Chain. Raises UnknownDefense."""
-        self.remember = lru_cache(REMEMBERED_QUESTIONS)(self._call)
-        """(function, arguments) to what the function makes of this catalog and them; most requests ask the same."""
+        self._memory = lru_cache(REMEMBERED_QUESTIONS)(lambda function, asked: function(self, asked))
 
-    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return function(self, *arguments)
+    def memoized(self, function: Callable[[Catalog, Asked], R], asked: Asked) -> R:
+        """What `function` makes of this catalog and what is asked of it: most requests ask the same."""
+        result: R = self._memory(function, asked)
+        return result
 
     def _chain(self, name: str, wanted: str | None) -> Chain:
         manifest = self.bundles[name].manifest

@@ -14,7 +14,7 @@ from service.answering import answer
 from service.answers import SCORE_DIGITS, classify_response
 from service.batch_answers import Answered, answer_each, check_pixels, problem_in_place, zip_of
 from service.downloads import Download, sending_time_s
-from service.errors import ClarifierError, NoDetector, NotAcceptable, NotReady, pages
+from service.errors import ClarifierError, NoDetector, NotAcceptable, NotReady
 from service.gateway import gateway_of
 from service.images import BYTES_PER_PURIFIED_SAMPLE, MAX_WEBP_SIDE, encode_purified
 from service.openapi import BINARY, IMAGES_BODY, PURIFIED_HEADERS, documented, problem_response, problems
@@ -27,6 +27,7 @@ from service.parameters import (
     read_accepted,
     read_parameters,
 )
+from service.problems import pages
 from service.questions import (
     Prepared,
     Question,

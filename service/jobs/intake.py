@@ -24,7 +24,6 @@ from service.errors import (
     TooManyImages,
     UnsupportedMedia,
     WrongField,
-    problem_of,
 )
 from service.jobs.board import Board
 from service.jobs.body import MIN_BYTES_PER_S, Body
@@ -33,6 +32,7 @@ from service.jobs.records import CHUNK, Found, Input, Spec, pack_entry, pack_inp
 from service.jobs.store import Answered
 from service.jobs.zips import ZIP_TYPES, zip_images
 from service.parameters import ClassifyParameters, DefenseParameters
+from service.problems import problem_of
 from service.questions import Prepared, Question, decode_all, draw_seed, in_thread
 from service.settings import Settings
 from service.uploads import Upload, content_type_of

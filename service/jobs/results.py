@@ -12,9 +12,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.archives import Archive
-from service.errors import ClientLeft, InferenceFailed, NotReady, UnknownJob, problem_of
+from service.errors import ClientLeft, InferenceFailed, NotReady, UnknownJob
 from service.jobs.board import Board
 from service.jobs.records import Spec, read_line, read_picture
+from service.problems import problem_of
 from service.record import record_of
 from service.remote.wire import Malformed
 from service.schemas import Problem, PurifiedImage, PurifyBatchResponse

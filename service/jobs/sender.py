@@ -12,12 +12,13 @@ from collections.abc import AsyncIterator, Sequence
 
 from models.manifest import Manifest, UnknownDefense
 from service.answers import classify_response
-from service.errors import ClarifierError, DeadlineExceeded, InferenceFailed, NotFinite, NotReady, problem_of
+from service.errors import ClarifierError, DeadlineExceeded, InferenceFailed, NotFinite, NotReady
 from service.gateway import Gateway
 from service.images import encode_image
 from service.jobs.patience import RETRY_S, Patience
 from service.jobs.records import Found, Input, Spec, pack_entry, unpack_inputs
 from service.jobs.store import Answered, JobStore
+from service.problems import problem_of
 from service.queue import Completed, Outcome
 from service.record import Record
 from service.remote.queue import RemoteQueue

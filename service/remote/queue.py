@@ -14,16 +14,16 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from models.manifest import Manifest
 from service.dispatch import Dispatcher, Places, deliver, new_items, refuse_if_late
 from service.errors import Draining, InferenceFailed, NotReady, Overloaded
 from service.metrics import Metrics
 from service.pace import Pace
 from service.queue import Completed, Item, Outcome
-from service.remote.store import UNREACHABLE, Announcement, Request, Store
+from service.remote.roster import Roster
+from service.remote.store import UNREACHABLE, Request, Store
 from service.remote.wire import Malformed, Reply, fits, pack_work, unpack_reply
 from service.repository import Catalog
 from service.work import Key, Pixels
@@ -37,15 +37,6 @@ RETRY_S = 0.2
 ANSWERS_WAIT_MS = 500
 START = "0-0"
 """Before the first entry of a stream."""
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteBundle:
-    """What a worker says of a bundle that it serves."""
-
-    manifest: Manifest
-    digest: str
-    report: Mapping[str, object]
 
 
 @dataclass(slots=True)
@@ -78,7 +69,6 @@ class RemoteQueue(Dispatcher):
         self.name = secrets.token_hex(8)
         self._store = store
         self._metrics = metrics
-        self._learn = learn
         self._numbers = itertools.count()
         self._sent: dict[str, Sent] = {}
         """By uid: everything that is not answered, sent or not."""
@@ -99,11 +89,7 @@ class RemoteQueue(Dispatcher):
         """By uid: entries that Redis did not know at the last look."""
         self._elsewhere = 0
         """Entries in Redis at the last look, those of all gateways."""
-        self._workers = 0
-        self._digests: dict[str, str] = {}
-        self._undescribed: Mapping[str, str] = {}
-        """Digests by name: what workers serve, and nobody knows what it is."""
-        self._bundles: dict[str, RemoteBundle] = {}
+        self._roster = Roster(store, metrics, learn)
         self._run_id: str | None = None
         self._problem: str | None = "loading"
         self._finishing = False
@@ -121,13 +107,13 @@ class RemoteQueue(Dispatcher):
 
         What waits for other gateways is not known and counts as nothing; what runs already counts in full.
         """
-        if not self._waiting or not self._workers:
+        if not self._waiting or not self.workers:
             return
         left_s = deadline - time.monotonic()
         if left_s > self._pace.expected_s([(key, 1)]):  # else too late whoever is there
             counts = self._waiting.copy()
             counts[key] += 1
-            refuse_if_late(self._pace.expected_s(counts.items()) / self._workers, left_s)
+            refuse_if_late(self._pace.expected_s(counts.items()) / self.workers, left_s)
 
     def admit(
         self,
@@ -141,7 +127,7 @@ class RemoteQueue(Dispatcher):
         """As every queue does; but Overloaded unless `spare` places are still free then."""
         self._check_running()
         digest = key.digest  # which a worker still takes for a while, even if it serves another one by now
-        if digest not in self._bundles:
+        if digest not in self._roster.bundles:
             raise NotReady(f"no worker serves {key.model}")
         items = new_items(key, images, seeds, deadline)
         assert len(items) <= places.count
@@ -213,7 +199,7 @@ class RemoteQueue(Dispatcher):
     @property
     def workers(self) -> int:
         """How many were alive at the last look."""
-        return self._workers
+        return self._roster.workers
 
     @property
     def depth(self) -> int:
@@ -344,7 +330,7 @@ class RemoteQueue(Dispatcher):
         self._answer(sent, outcome)
 
     def _fits(self, sent: Sent, completed: Completed) -> bool:
-        bundle = self._bundles.get(sent.digest)
+        bundle = self._roster.bundles.get(sent.digest)
         return bundle is None or fits(completed.answer, sent.item.key, bundle.manifest)
 
     async def _look(self) -> None:
@@ -354,8 +340,9 @@ class RemoteQueue(Dispatcher):
         if self._run_id not in (None, run_id) or await self._has_lost_work():
             await self._send_again()
         self._run_id = run_id
-        await self._meet(await self._store.roster())
-        self._elsewhere = await self._store.lengths(sorted(set(self._digests.values())))
+        await self._roster.look()
+        self._note_problem(None if self._roster.digests else "no worker is there")
+        self._elsewhere = await self._store.lengths(sorted(set(self._roster.digests.values())))
         await asyncio.sleep(BEAT_S)
 
     async def _has_lost_work(self) -> bool:
@@ -381,49 +368,3 @@ class RemoteQueue(Dispatcher):
             sent.entry = None
             self._unsent.append([sent])
         self._wake.set()
-
-    async def _meet(self, roster: Mapping[str, Announcement]) -> None:
-        """Serve what living workers serve. Where two disagree on a bundle, what more of them have is asked for."""
-        self._workers = len(roster)
-        served = [(name, digest) for says in roster.values() for name, digest in says.bundles.items()]
-        names = sorted({name for name, _ in served})
-        digests = {
-            name: max(sorted({d for n, d in served if n == name}), key=lambda d: served.count((name, d)))
-            for name in names
-        }
-        if digests != self._digests:
-            await self._describe(digests, roster)
-        self._note_problem(None if self._digests else "no worker is there")
-
-    async def _describe(self, digests: Mapping[str, str], roster: Mapping[str, Announcement]) -> None:
-        bundles = dict[str, RemoteBundle]()
-        for name, digest in digests.items():
-            known = self._bundles.get(digest) or await self._fetch(digest)
-            if known is not None:
-                self._bundles[digest] = bundles[name] = known
-        self._note_undescribed({name: digest for name, digest in digests.items() if name not in bundles})
-        described = {name: bundle.digest for name, bundle in bundles.items()}
-        if described == self._digests:  # what cannot be served now could not be before
-            return
-        self._metrics.model_info.clear()
-        for name, bundle in bundles.items():
-            for device in {says.device for says in roster.values() if name in says.bundles}:
-                self._metrics.model_info.labels(name, bundle.digest, device).set(1)
-        self._digests = described
-        self._learn(Catalog(bundles))
-        logger.info("served by %d workers: %s", len(roster), ", ".join(bundles) or "nothing")
-
-    def _note_undescribed(self, undescribed: Mapping[str, str]) -> None:
-        if undescribed != self._undescribed:
-            for name, digest in undescribed.items():
-                logger.error("Redis does not tell what %s is: %.12s is left out", name, digest)
-        self._undescribed = undescribed
-
-    async def _fetch(self, digest: str) -> RemoteBundle | None:
-        try:
-            described = await self._store.bundle(digest)
-            if described is None:
-                return None
-            return RemoteBundle(Manifest.model_validate(described["manifest"]), digest, described["report"])
-        except (KeyError, RecursionError, TypeError, ValueError):  # pydantic's and JSON's are ValueErrors
-            return None

@@ -18,8 +18,9 @@ import pytest
 from PIL import Image
 from torch import Tensor
 
-from service.errors import ClarifierError, problem_of
+from service.errors import ClarifierError
 from service.images import encode_image
+from service.problems import problem_of
 from service.schemas import Problem
 from service.work import Floats
 from tests.service.conftest import Running, until

@@ -8,16 +8,8 @@ from pathlib import Path
 import pytest
 
 from service.entropy import Entropy
-from service.errors import (
-    ClarifierError,
-    InvalidParameter,
-    Overloaded,
-    RateLimited,
-    answer_of,
-    classes,
-    pages,
-    problem_of,
-)
+from service.errors import ClarifierError, InvalidParameter, Overloaded, RateLimited
+from service.problems import answer_of, classes, pages, problem_of
 from service.record import new_record
 from service.schemas import ParameterProblem
 from tests.service.conftest import Running

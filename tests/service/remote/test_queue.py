@@ -91,14 +91,13 @@ def test_who_would_wait_in_vain_is_refused_at_once(farm: Farm) -> None:
     ready(server)
     hurried = {"x-request-timeout-ms": "2500"}
     assert server.client.post("/classify", content=GOOD, headers=hurried).status_code == 200
-    with ThreadPoolExecutor(6) as clients:
-        answers = [clients.submit(classify, server) for _ in range(6)]
-        until(lambda: farm.waiting() == 6)
+    with ThreadPoolExecutor(8) as clients:
+        answers = [clients.submit(classify, server) for _ in range(8)]
+        until(lambda: farm.waiting() >= 7)
         refused = server.client.post("/classify", content=GOOD, headers=hurried)
         assert (refused.status_code, refused.json()["code"]) == (429, "queue_full")
         assert int(refused.headers["retry-after"]) >= 1
-        assert farm.waiting() >= 5, "it did not wait"
-        assert [answer.result().status_code for answer in answers] == [200] * 6
+        assert [answer.result().status_code for answer in answers] == [200] * 8
     assert not server.gateway.batcher._waiting  # type: ignore[union-attr]
 
 

@@ -269,7 +269,7 @@ def test_a_bundle_that_nobody_can_describe_is_said_once(
     client.config_resetstat()
     until(lambda: client.info("commandstats").get("cmdstat_get", {}).get("calls", 0) >= 5)
     assert late.client.get("/readyz").status_code == 503
-    said = [line.message for line in caplog.records if line.name == "service.remote.queue"]
+    said = [line.message for line in caplog.records if line.name == "service.remote.roster"]
     assert said.count(f"Redis does not tell what colors@1 is: {DIGEST[:12]} is left out") == 1
     assert not [line for line in said if line.startswith("served by")]
     client.delete(BUNDLE + DIGEST)  # its worker sees that, and describes it again
