@@ -20,14 +20,14 @@ BUNDLE = Path("models/bundles/cifar10/1")
 
 
 @contextmanager
-def service() -> Iterator[int]:
-    """`python -m service` with its defaults, ready, on a free port; that port."""
-    with serving() as (port, _):
+def service(**settings: str) -> Iterator[int]:
+    """`python -m service` with its defaults but for `settings`, ready, on a free port; that port."""
+    with serving(**settings) as (port, _):
         yield port
 
 
 @contextmanager
-def serving() -> Iterator[tuple[int, subprocess.Popen[str]]]:
+def serving(**settings: str) -> Iterator[tuple[int, subprocess.Popen[str]]]:
     """The same, with its process."""
     # A port of 0 is answered by the line that says where the documentation is.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("CLARIFIER_")}
@@ -37,6 +37,7 @@ def serving() -> Iterator[tuple[int, subprocess.Popen[str]]]:
         "CLARIFIER_DEFAULT_MODEL": f"{BUNDLE.parent.name}@{BUNDLE.name}",
         "CLARIFIER_DEVICE": "cpu",
         "PYTHONUNBUFFERED": "1",
+        **{f"CLARIFIER_{name.upper()}": value for name, value in settings.items()},
     }
     command = [sys.executable, "-m", "service"]
     with subprocess.Popen(

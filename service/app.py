@@ -168,6 +168,7 @@ def _meet_workers(gateway: Gateway) -> None:
     queue = RemoteQueue(
         store,
         max_queue_size=settings.max_queue_size,
+        max_queue_wait_ms=settings.max_queue_wait_ms,
         max_batch_size=settings.max_batch_size,
         metrics=gateway.metrics,
         learn=learn,
@@ -199,6 +200,7 @@ async def _start_engine(gateway: Gateway, load: Callable[[Settings], Loaded]) ->
         max_batch_size=settings.max_batch_size,
         max_queue_delay_ms=settings.max_queue_delay_ms,
         max_queue_size=settings.max_queue_size,
+        max_queue_wait_ms=settings.max_queue_wait_ms,
         metrics=gateway.metrics,
     )
     gateway.metrics.watch(lambda: batcher.depth, loaded.memory_bytes)

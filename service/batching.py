@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-from service.dispatch import Dispatcher, Places, deliver, new_items, refuse_if_late
+from service.dispatch import Dispatcher, Places, deliver, new_items
 from service.errors import ClarifierError, DeadlineExceeded, Draining, InferenceFailed, NotFinite, NotReady
 from service.metrics import Metrics
 from service.pace import Pace
@@ -44,9 +44,10 @@ class Batcher(Dispatcher):
         max_batch_size: int,
         max_queue_delay_ms: float,
         max_queue_size: int,
+        max_queue_wait_ms: float,
         metrics: Metrics,
     ) -> None:
-        super().__init__(max_queue_size)
+        super().__init__(max_queue_size, max_queue_wait_ms)
         self._run_batch = run_batch
         self._engine_name = engine_name
         self._metrics = metrics
@@ -83,11 +84,10 @@ class Batcher(Dispatcher):
                 return
             ran_s = now - self._running_since
             running = [(item.key, len(self._running)) for item in self._running[:1]]
-            counts = Counter(dict(self._queue.counts()))
-            counts.update(item.key for item in self._coming)
-            counts[key] += 1
-            expected_s = max(0.0, self._pace.expected_s(running) - ran_s) + self._pace.expected_s(counts.items())
-        refuse_if_late(expected_s, left_s)
+            running_s = max(0.0, self._pace.expected_s(running) - ran_s)
+            waiting = Counter(dict(self._queue.counts()))
+            waiting.update(item.key for item in self._coming)
+            self._refuse_if_late(self._pace, running_s, waiting, key, left_s)
 
     def admit(
         self, places: Places, key: Key, images: Sequence[Pixels], seeds: Sequence[int], deadline: float

@@ -6,16 +6,21 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from service.errors import ClarifierError, ClientLeft, DeadlineExceeded, Overloaded
+from service.pace import Pace
 from service.queue import Item, Outcome
 from service.work import Key, Pixels
 
 IN_TIME = 0.8
 """Of the time that is left to a request, what those before it may be expected to take."""
+FEW = 8
+"""So many may wait however slow the engine is, if only their deadlines allow it."""
 
 
 class Places:
@@ -44,8 +49,10 @@ class Places:
 class Dispatcher(ABC):
     """One queue. `reserve` keeps a place, `admit` takes it, `wait` waits for the answer."""
 
-    def __init__(self, max_queue_size: int) -> None:
+    def __init__(self, max_queue_size: int, max_queue_wait_ms: float) -> None:
+        """A wait of 0 ms stands for any."""
         self._max_queue_size = max_queue_size
+        self._max_queue_wait_s = max_queue_wait_ms / 1000 or math.inf
         self._reserved = 0
 
     # --- a request's way
@@ -59,9 +66,10 @@ class Dispatcher(ABC):
 
     @abstractmethod
     def check_in_time(self, key: Key, deadline: float) -> None:
-        """Raise Overloaded if an image of `key` that came now would wait beyond `deadline`, as far as is known.
+        """Raise Overloaded if an image of `key` that came now would wait too long, as far as is known.
 
-        Who would wait in vain is better told at once.
+        Beyond its deadline, since who would wait in vain is better told at once; or longer than anybody should, since
+        a long queue answers nobody sooner than a short one and outlasts the crowd that made it.
         """
 
     def places(self) -> Places:
@@ -111,6 +119,19 @@ class Dispatcher(ABC):
         unanswered = [item for item in items if item.future.cancelled() or not item.future.done()]
         deliver([(item, error()) for item in unanswered])
         self._forget(unanswered)
+
+    def _refuse_if_late(
+        self, pace: Pace, running_s: float, waiting: Counter[Key], key: Key, left_s: float, engines: int = 1
+    ) -> None:
+        """Raise Overloaded as `check_in_time`, where `engines` share what takes `running_s` and all that is waiting."""
+        is_few = waiting.total() < FEW
+        everybody = waiting + Counter([key])
+        expected_s = (running_s + pace.expected_s(everybody.items())) / engines
+        until_start_s = expected_s - pace.last_batch_s(key, everybody[key]) / engines
+        too_long_s = 0.0 if is_few else until_start_s - self._max_queue_wait_s
+        late_s = max(expected_s - IN_TIME * left_s, too_long_s)
+        if late_s > 0:
+            raise Overloaded(f"what waits already takes {until_start_s:.1f} s", retry_after_s=late_s)
 
     # --- the end
 
@@ -173,13 +194,6 @@ def new_items(key: Key, images: Sequence[Pixels], seeds: Sequence[int], deadline
     return [
         Item(key, image, seed, deadline, now, loop.create_future()) for image, seed in zip(images, seeds, strict=True)
     ]
-
-
-def refuse_if_late(expected_s: float, left_s: float) -> None:
-    """Raise Overloaded if what is before a request is expected to take too much of the time that is left to it."""
-    late_s = expected_s - IN_TIME * left_s
-    if late_s > 0:
-        raise Overloaded(f"what waits already takes {expected_s:.1f} s", retry_after_s=late_s)
 
 
 def deliver(outcomes: Iterable[tuple[Item, Outcome]]) -> None:

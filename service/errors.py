@@ -248,9 +248,9 @@ class RateLimited(ClarifierError):
 
 
 class Overloaded(ClarifierError):
-    """Every place in the queue is taken, or those who wait will keep the engine for longer than the request may take,
-    or the uploads and answers under way fill the memory that is meant for them, or as many jobs as CLARIFIER_MAX_JOBS
-    are not done. Try again after the seconds of Retry-After."""
+    """Every place in the queue is taken, or those who wait will keep the engine for longer than the request or
+    CLARIFIER_MAX_QUEUE_WAIT_MS allows, or the uploads and answers under way fill the memory that is meant for them, or
+    as many jobs as CLARIFIER_MAX_JOBS are not done. Try again after the seconds of Retry-After."""
 
     code, status, title = "queue_full", 429, "the queue is full, try again shortly"
 

@@ -50,6 +50,10 @@ class Pace:
                 expected_s += full * _batch_s(known, room) + _batch_s(known, rest)
         return expected_s
 
+    def last_batch_s(self, key: Key, count: int) -> float:
+        """For the last batch of `count` images of a key, as `expected_s` counts it."""
+        return self.expected_s([(key, (count - 1) % self._room(key) + 1)])
+
 
 def _batch_s(known: list[tuple[int, float]], images: int) -> float:
     if not images:

@@ -62,6 +62,7 @@ class RemoteEngine:
             max_batch_size=settings.max_batch_size,
             max_queue_delay_ms=0,  # company is waited for in Redis
             max_queue_size=sys.maxsize,
+            max_queue_wait_ms=0,  # a gateway has refused whom it should
             metrics=metrics,
         )
         self._held: dict[str, Taken] = {}

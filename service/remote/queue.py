@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from service.dispatch import Dispatcher, Places, deliver, new_items, refuse_if_late
+from service.dispatch import Dispatcher, Places, deliver, new_items
 from service.errors import Draining, InferenceFailed, NotReady, Overloaded
 from service.metrics import Metrics
 from service.pace import Pace
@@ -60,12 +60,13 @@ class RemoteQueue(Dispatcher):
         store: Store,
         *,
         max_queue_size: int,
+        max_queue_wait_ms: float,
         max_batch_size: int,
         metrics: Metrics,
         learn: Callable[[Catalog], None],
     ) -> None:
         """`max_batch_size` is what workers are expected to have too."""
-        super().__init__(max_queue_size)
+        super().__init__(max_queue_size, max_queue_wait_ms)
         self.name = secrets.token_hex(8)
         self._store = store
         self._metrics = metrics
@@ -111,9 +112,7 @@ class RemoteQueue(Dispatcher):
             return
         left_s = deadline - time.monotonic()
         if left_s > self._pace.expected_s([(key, 1)]):  # else too late whoever is there
-            counts = self._waiting.copy()
-            counts[key] += 1
-            refuse_if_late(self._pace.expected_s(counts.items()) / self.workers, left_s)
+            self._refuse_if_late(self._pace, 0.0, self._waiting, key, left_s, self.workers)
 
     def admit(
         self,
