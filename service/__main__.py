@@ -112,7 +112,9 @@ async def _announce_when_ready(gateway: Gateway, port: int) -> None:
         await asyncio.sleep(0.05)
     if gateway.why_not_ready() is not None:
         return
-    settings, worst = gateway.settings, worst_case_bytes(gateway) // 2**20
+    settings, worst = gateway.settings, f"{worst_case_bytes(gateway) // 2**20} MiB, beside the models"
+    if gateway.memory is not None:
+        worst += f"; {gateway.memory.left // 2**20} MiB are left here, and then 503"
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
     photo = EXAMPLE if Path(EXAMPLE).exists() else "PHOTO.jpg"
     address = f"{'[' + host + ']' if ':' in host else host}:{port}"
@@ -123,7 +125,7 @@ async def _announce_when_ready(gateway: Gateway, port: int) -> None:
         f"  models         http://{address}/models\n"
         f"  try            curl {key}-F image=@{photo} 'http://{address}/classify?defense=atop{explain}'\n"
         f"  queue          {settings.max_queue_size} images\n"
-        f"  memory         uploads and images take at worst {worst} MiB, beside the models",
+        f"  memory         uploads and images take at worst {worst}",
         flush=True,
     )
 

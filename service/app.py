@@ -22,6 +22,7 @@ from service.gateway import Gateway
 from service.jobs.routes import jobs
 from service.lag import watch_lag
 from service.loading import Loaded, load_engine
+from service.memory import Memory, find_memory, watch_memory
 from service.metrics import Metrics
 from service.middleware import DirectMiddleware, RequestMiddleware
 from service.oip.routes import oip, oip_server
@@ -61,7 +62,7 @@ def create_app(settings: Settings, load: Callable[[Settings], Loaded] = load_eng
     budget = ByteBudget(budget_bytes(settings.max_batch_size, settings.max_image_bytes))
     cache = _create_cache(settings, shared)
     similarity = SimilarityWatch(settings.similarity_limit) if settings.similarity_limit else None
-    gateway = Gateway(settings, metrics, decoders, budget, Entropy(), cache, access, similarity)
+    gateway = Gateway(settings, metrics, decoders, budget, Entropy(), cache, access, similarity, find_memory())
     app = FastAPIOffline(
         title="Clarifier",
         description=f"{DESCRIPTION} {_limits(settings)}",
@@ -118,7 +119,9 @@ def _lifespan(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         loading = asyncio.create_task(_start(gateway, load))
-        watching = asyncio.create_task(watch_lag(gateway.metrics.event_loop_lag))
+        watching = [asyncio.create_task(watch_lag(gateway.metrics.event_loop_lag))]
+        if gateway.memory is not None:
+            watching.append(asyncio.create_task(watch_memory(gateway.memory, partial(_allow, gateway))))
         loading.add_done_callback(lambda task: _note_failure(gateway, task))
         if shared is not None:
             shared.start()
@@ -126,7 +129,8 @@ def _lifespan(
             yield
         finally:
             gateway.begin_drain()
-            watching.cancel()
+            for task in watching:
+                task.cancel()
             loading.cancel()
             await asyncio.wait([loading])
             if gateway.jobs is not None:
@@ -138,6 +142,14 @@ def _lifespan(
                 await shared.stop()
 
     return lifespan
+
+
+def _allow(gateway: Gateway, memory: Memory) -> None:
+    """Until the next look, uploads may take half of what requests may, since what they are decoded to takes memory too;
+    one image in any case, or a process whose models fill its memory would never answer again.
+    """
+    uploads = gateway.uploads
+    uploads.allowed = max((uploads.held + memory.spare) // 2, gateway.settings.max_image_bytes)
 
 
 def _note_failure(gateway: Gateway, loading: asyncio.Task[None]) -> None:

@@ -8,7 +8,7 @@
     ├── the question: InvalidParameter, InvalidInference, WrongField, UnknownModel, NoDetector, NotAcceptable,
     │   TooManyImages
     ├── the job: NoJobs, UnknownJob, JobUnfinished, KeyReused
-    ├── the moment: RateLimited, Overloaded, TooBusy, NotReady, Draining, DeadlineExceeded, ClientLeft
+    ├── the moment: RateLimited, Overloaded, TooBusy, ShortOfMemory, NotReady, Draining, DeadlineExceeded, ClientLeft
     └── ourselves: InferenceFailed, NotFinite
 
 Each class says its status, its title and, as its docstring, the page that `/problems/<code>` shows. Details are safe to
@@ -284,6 +284,13 @@ class TooBusy(ClarifierError):
     Retry-After."""
 
     code, status, title = "too_busy", 503, "too many requests at once"
+
+
+class ShortOfMemory(ClarifierError):
+    """The memory that this process may have is nearly all in use, and this request might need more than is left. Try
+    again after the seconds of Retry-After."""
+
+    code, status, title = "short_of_memory", 503, "short of memory, try again shortly"
 
 
 class Draining(ClarifierError):

@@ -24,6 +24,7 @@ from service.errors import (
     EmptyBody,
     MalformedMultipart,
     Overloaded,
+    ShortOfMemory,
     TooManyImages,
     UnsupportedMedia,
     WrongField,
@@ -65,6 +66,17 @@ class ByteBudget:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.held = 0
+        self.allowed = limit
+        """So many for now, where memory is scarce."""
+
+    def take(self, count: int) -> None:
+        """Hold `count` bytes more. Raises as `Account.add`."""
+        held = self.held + count
+        if held > self.limit:
+            raise Overloaded("too many bytes of uploads and answers are under way", limit=self.limit)
+        if held > self.allowed:
+            raise ShortOfMemory
+        self.held = held
 
     def account(self) -> Account:
         """A new one."""
@@ -79,11 +91,8 @@ class Account:
         self._held = 0
 
     def add(self, count: int) -> None:
-        """Hold `count` bytes more. Raises Overloaded if the budget has not so many left."""
-        budget = self._budget
-        if budget.held + count > budget.limit:
-            raise Overloaded("too many bytes of uploads and answers are under way", limit=budget.limit)
-        budget.held += count
+        """Hold `count` bytes more. Raises Overloaded if the budget has not so many left, ShortOfMemory for now."""
+        self._budget.take(count)
         self._held += count
 
     def release(self) -> None:
@@ -106,7 +115,8 @@ async def read_image(
     A large multipart message is taken apart by one of `parsers`. `deadline` is a reading of the monotonic clock.
 
     Raises UnsupportedMedia, EmptyBody, BodyTooLarge (declared: before reading; else at the first byte over),
-    BodyTooSlow, DeadlineExceeded, Overloaded (the budget of `account`), MalformedMultipart, WrongField, and ClientLeft.
+    BodyTooSlow, DeadlineExceeded, Overloaded and ShortOfMemory (the budget of `account`), MalformedMultipart,
+    WrongField, and ClientLeft.
     """
     content_type, boundary = content_type_of(request)
     if boundary is None:

@@ -65,11 +65,16 @@ def test_row_79_a_port_that_is_taken_ends_the_start_in_one_line() -> None:
 
 @contextmanager
 def process(
-    delay_s: float, *, wait_for: str = "/readyz", **environment: str
+    delay_s: float, *, wait_for: str = "/readyz", enter: str = "", **environment: str
 ) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
-    """A service of its own with a fake bundle whose batches take `delay_s`, once it answers 200 to `wait_for`."""
+    """A service of its own with a fake bundle whose batches take `delay_s`, once it answers 200 to `wait_for`.
+
+    First of all it writes its number into the file `enter`.
+    """
     env = os.environ | {"FAKE_DELAY_S": str(delay_s), "PYTHONUNBUFFERED": "1"} | environment
     command = [sys.executable, "-m", "tests.service.fakes"]
+    if enter:
+        command = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', enter, *command]
     with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as started:
         try:
             assert started.stdout is not None
