@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING
 from models.manifest import Manifest, UnknownDefense
 
 if TYPE_CHECKING:
-    from models.bundle import Bundle, BundleError, check_bundle, load_bundle, save_bundle, write_report
+    from models.bundle import Bundle, BundleError
+    from models.bundle_files import check_bundle, load_bundle, save_bundle, write_report
     from models.defense import DefendedClassifier
 
 _NEED_TORCH = {
     "Bundle": "models.bundle",
     "BundleError": "models.bundle",
-    "check_bundle": "models.bundle",
-    "load_bundle": "models.bundle",
-    "save_bundle": "models.bundle",
-    "write_report": "models.bundle",
+    "check_bundle": "models.bundle_files",
+    "load_bundle": "models.bundle_files",
+    "save_bundle": "models.bundle_files",
+    "write_report": "models.bundle_files",
     "DefendedClassifier": "models.defense",
 }
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from models import BundleError, UnknownDefense
-from models.bundle import read_manifest
+from models.bundle_files import read_manifest
 from models.manifest import Strict
 from training.budgets import BUDGETS
 from training.config import (

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models import Bundle, load_bundle, write_report
-from models.bundle import MANIFEST
+from models.bundle_files import MANIFEST
 from models.files import replace_text
 from models.manifest import Manifest, ZeroPurPreset
 from models.randomness import derive_seed, generator_for

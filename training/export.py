@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from models.bundle import Bundle, save_bundle
+from models.bundle import Bundle
+from models.bundle_files import save_bundle
 from models.classifiers import Classifier
 from models.manifest import AidSpec, AtopSpec, AutoPreset, AutoSpec, ClassifierSpec, Defenses, Manifest, ZeroPurSpec
 from training.config import ExportRecipe, RecipeError, refuse_unknown_layers

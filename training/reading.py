@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from models.bundle import BundleError, load_bundle, read_manifest
+from models.bundle import BundleError
+from models.bundle_files import load_bundle, read_manifest
 from models.manifest import Manifest, Strict
 from training.config import EvaluateRecipe, RecipeError
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from models.bundle import MANIFEST, Bundle, BundleError, load_bundle
+from models.bundle import Bundle, BundleError
+from models.bundle_files import MANIFEST, load_bundle
 from training.config import RunName
 from training.provenance import fingerprint
 from training.runs import Checkpoint, RunError, read_recipe_of, write_finished

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import models.classifiers
 from models import Bundle
-from models.bundle import save_bundle
+from models.bundle_files import save_bundle
 from models.classifiers import build_classifier
 from models.manifest import ClassifierSpec, Defenses, Manifest
 from service.__main__ import main

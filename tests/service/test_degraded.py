@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from pydantic import SecretStr
 
-from models.bundle import save_bundle
+from models.bundle_files import save_bundle
 from service.engine import Engine
 from service.loading import load_engine
 from service.metrics import Metrics
