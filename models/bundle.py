@@ -55,7 +55,7 @@ class Bundle:
             self.aid = Aid(self._classifier_twin, discriminator, aid.taps).eval()
 
     def record(self) -> None:
-        """Have what the networks do to single images on a CPU recorded, for a seventh less time and with the same bits.
+        """Have what the networks do to single images on a CPU recorded: less time, and the same bits.
 
         For a bundle that serves: its networks, also those that `defended` hands out, must not be changed any more, nor
         may hooks be put on them. See `models.recorded`.

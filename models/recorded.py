@@ -1,6 +1,6 @@
 """Functions of one image whose operators are recorded once and then run without modules or autograd.
 
-For a single image on a CPU the bookkeeping around each operator is a seventh of ZeroPur's time. A recording runs the
+For a single image on a CPU the bookkeeping around each operator is a good part of ZeroPur's time. A recording runs the
 same operators in the same order on the same weights, so it gives the same bits.
 """
 

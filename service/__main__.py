@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import gc
 import logging
+import math
 import os
 import socket
 import sys
@@ -34,6 +35,7 @@ from service.loading import (
     load_engine,
 )
 from service.logs import configure_logging
+from service.memory import find_memory
 from service.middleware import MAX_ACTIVE_REQUESTS
 from service.reloading import on_hangup
 from service.settings import PREFIX, Settings, SettingsError, load_settings
@@ -113,8 +115,8 @@ async def _announce_when_ready(gateway: Gateway, port: int) -> None:
     if gateway.why_not_ready() is not None:
         return
     settings, worst = gateway.settings, f"{worst_case_bytes(gateway) // 2**20} MiB, beside the models"
-    if gateway.memory is not None:
-        worst += f"; {gateway.memory.left // 2**20} MiB are left here, and then 503"
+    if gateway.memory.spare < math.inf:
+        worst += f"; {gateway.memory.spare / 2**20:.0f} MiB are left here, and then 503"
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
     photo = EXAMPLE if Path(EXAMPLE).exists() else "PHOTO.jpg"
     address = f"{'[' + host + ']' if ':' in host else host}:{port}"
@@ -163,7 +165,7 @@ def _check_keys(settings: Settings) -> None:
 
 
 def _kept(loaded: Loaded) -> Loaded:
-    """What is loaded stays: spare the collector torch's objects, whose walks cost a quarter of a request's time."""
+    """What is loaded stays: spare the collector torch's objects, whose walks cost more than most requests."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(COLLECTION_THRESHOLD)
@@ -175,7 +177,7 @@ def serve(settings: Settings, listener: socket.socket, load: Callable[[Settings]
     keep_freed_memory()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter
-    app = create_app(settings, lambda settings: _kept(load(settings)))
+    app = create_app(settings, lambda settings: _kept(load(settings)), find_memory())
     gateway = app.state.gateway
     config = uvicorn.Config(
         app,

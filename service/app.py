@@ -22,7 +22,7 @@ from service.gateway import Gateway
 from service.jobs.routes import jobs
 from service.lag import watch_lag
 from service.loading import Loaded, load_engine
-from service.memory import Memory, find_memory, watch_memory
+from service.memory import Memory, watch_memory
 from service.metrics import Metrics
 from service.middleware import DirectMiddleware, RequestMiddleware
 from service.oip.routes import oip, oip_server
@@ -50,9 +50,12 @@ DESCRIPTION = (
 )
 
 
-def create_app(settings: Settings, load: Callable[[Settings], Loaded] = load_engine) -> FastAPI:
+def create_app(
+    settings: Settings, load: Callable[[Settings], Loaded] = load_engine, memory: Memory | None = None
+) -> FastAPI:
     """The application. It answers probes at once, and images as soon as `load` has come back; with `QUEUE=redis` as
-    soon as a worker is there, and nothing is loaded. Raises SettingsError.
+    soon as a worker is there, and nothing is loaded. It takes no more memory than is left of `memory`, if that is
+    given. Raises SettingsError.
     """
     metrics = Metrics()
     shared = _share(settings, metrics)
@@ -62,7 +65,17 @@ def create_app(settings: Settings, load: Callable[[Settings], Loaded] = load_eng
     budget = ByteBudget(budget_bytes(settings.max_batch_size, settings.max_image_bytes))
     cache = _create_cache(settings, shared)
     similarity = SimilarityWatch(settings.similarity_limit) if settings.similarity_limit else None
-    gateway = Gateway(settings, metrics, decoders, budget, Entropy(), cache, access, similarity, find_memory())
+    gateway = Gateway(
+        settings,
+        metrics,
+        decoders,
+        budget,
+        Entropy(),
+        cache=cache,
+        access=access,
+        similarity=similarity,
+        memory=memory or Memory(),
+    )
     app = FastAPIOffline(
         title="Clarifier",
         description=f"{DESCRIPTION} {_limits(settings)}",
@@ -120,8 +133,8 @@ def _lifespan(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         loading = asyncio.create_task(_start(gateway, load))
         watching = [asyncio.create_task(watch_lag(gateway.metrics.event_loop_lag))]
-        if gateway.memory is not None:
-            watching.append(asyncio.create_task(watch_memory(gateway.memory, partial(_allow, gateway))))
+        if gateway.memory.groups:
+            watching.append(asyncio.create_task(watch_memory(gateway.memory, partial(allow, gateway))))
         loading.add_done_callback(lambda task: _note_failure(gateway, task))
         if shared is not None:
             shared.start()
@@ -144,12 +157,10 @@ def _lifespan(
     return lifespan
 
 
-def _allow(gateway: Gateway, memory: Memory) -> None:
-    """Until the next look, uploads may take half of what requests may, since what they are decoded to takes memory too;
-    one image in any case, or a process whose models fill its memory would never answer again.
-    """
-    uploads = gateway.uploads
-    uploads.allowed = max((uploads.held + memory.spare) // 2, gateway.settings.max_image_bytes)
+def allow(gateway: Gateway) -> None:
+    """Until the next look, uploads may have half of what requests may, since what they become takes memory too."""
+    uploads, memory = gateway.uploads, gateway.memory
+    uploads.allowed = (uploads.held + memory.promised + memory.spare) / 2
 
 
 def _note_failure(gateway: Gateway, loading: asyncio.Task[None]) -> None:

@@ -68,8 +68,8 @@ async def zip_of(
 ) -> bytes:
     """A zip of each purified image, or of the problem in its place, and of `results.json`, which lists them all.
 
-    One image after the other, so that a batch has one decoder thread at a time. Raises Overloaded (the budget of
-    `account`) and ClientLeft.
+    One image after the other, so that a batch has one decoder thread at a time. Raises Overloaded and
+    ShortOfMemory (the budget of `account`), and ClientLeft.
     """
     archive = Archive()
     results = list[PurifiedImage | Problem]()
@@ -116,9 +116,10 @@ async def _add_picture(
     purified = answered.completed.answer
     assert isinstance(purified, Purified)
     pixels, limit = answered.prepared.image.pixels, question.gateway.settings.max_image_pixels
+    memory = question.gateway.memory
 
     def add() -> None:
-        archive.add(name, encode_purified(purified.image, pixels, original, "image/png", limit))
+        archive.add(name, encode_purified(purified.image, pixels, original, "image/png", limit, memory))
 
     started = time.monotonic()
     try:

@@ -75,7 +75,7 @@ class Batcher(Dispatcher):
 
     def check_in_time(self, key: Key, deadline: float) -> None:
         """As `Dispatcher.check_in_time`, by how long the last batches took."""
-        if not self._running and not self._queue.depth:
+        if not self._running and not self.depth:
             return
         now = time.monotonic()
         left_s = deadline - now
@@ -87,7 +87,7 @@ class Batcher(Dispatcher):
             running_s = max(0.0, self._pace.expected_s(running) - ran_s)
             waiting = Counter(dict(self._queue.counts()))
             waiting.update(item.key for item in self._coming)
-            self._refuse_if_late(self._pace, running_s, waiting, key, left_s)
+            self._refuse_if_late(self._pace, waiting, key, left_s, running_s=running_s)
 
     def admit(
         self, places: Places, key: Key, images: Sequence[Pixels], seeds: Sequence[int], deadline: float

@@ -19,8 +19,6 @@ from service.work import Key, Pixels
 
 IN_TIME = 0.8
 """Of the time that is left to a request, what those before it may be expected to take."""
-FEW = 8
-"""So many may wait however slow the engine is, if only their deadlines allow it."""
 
 
 class Places:
@@ -69,7 +67,8 @@ class Dispatcher(ABC):
         """Raise Overloaded if an image of `key` that came now would wait too long, as far as is known.
 
         Beyond its deadline, since who would wait in vain is better told at once; or longer than anybody should, since
-        a long queue answers nobody sooner than a short one and outlasts the crowd that made it.
+        a long queue answers nobody sooner than a short one and outlasts the crowd that made it. Who would be in the
+        next batch never waits too long by the latter.
         """
 
     def places(self) -> Places:
@@ -121,17 +120,26 @@ class Dispatcher(ABC):
         self._forget(unanswered)
 
     def _refuse_if_late(
-        self, pace: Pace, running_s: float, waiting: Counter[Key], key: Key, left_s: float, engines: int = 1
+        self,
+        pace: Pace,
+        waiting: Counter[Key],
+        key: Key,
+        left_s: float,
+        *,
+        running_s: float = 0,
+        running: int = 0,
+        engines: int = 1,
     ) -> None:
-        """Raise Overloaded as `check_in_time`, where `engines` share what takes `running_s` and all that is waiting."""
-        is_few = waiting.total() < FEW
+        """Raise Overloaded as `check_in_time`, where `engines` share what takes `running_s` and all that is `waiting`,
+        of which so many images may be `running` already.
+        """
         everybody = waiting + Counter([key])
         expected_s = (running_s + pace.expected_s(everybody.items())) / engines
-        until_start_s = expected_s - pace.last_batch_s(key, everybody[key]) / engines
-        too_long_s = 0.0 if is_few else until_start_s - self._max_queue_wait_s
-        late_s = max(expected_s - IN_TIME * left_s, too_long_s)
+        is_next = waiting.total() - running < pace.room(key)
+        until_start_s = 0.0 if is_next else expected_s - pace.last_batch_s(key, everybody[key]) / engines
+        late_s = max(expected_s - IN_TIME * left_s, until_start_s - self._max_queue_wait_s)
         if late_s > 0:
-            raise Overloaded(f"what waits already takes {until_start_s:.1f} s", retry_after_s=late_s)
+            raise Overloaded(f"what waits already takes {expected_s:.1f} s", retry_after_s=late_s)
 
     # --- the end
 

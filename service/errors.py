@@ -287,8 +287,8 @@ class TooBusy(ClarifierError):
 
 
 class ShortOfMemory(ClarifierError):
-    """The memory that this process may have is nearly all in use, and this request might need more than is left. Try
-    again after the seconds of Retry-After."""
+    """The memory that this process may have is nearly all in use, and this request may need more than is left. Try
+    again after the seconds of Retry-After, or send a smaller image."""
 
     code, status, title = "short_of_memory", 503, "short of memory, try again shortly"
 

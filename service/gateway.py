@@ -14,7 +14,7 @@ from service.access import Access
 from service.cache import AnswerCache
 from service.dispatch import Dispatcher
 from service.entropy import Entropy
-from service.errors import Draining, NotReady, ShortOfMemory, UnknownModel
+from service.errors import Draining, NotReady, UnknownModel
 from service.memory import Memory
 from service.metrics import Metrics
 from service.repository import Catalog
@@ -44,8 +44,7 @@ class Gateway:
     """None if everybody may ask as often as they like."""
     similarity: SimilarityWatch | None = None
     """None while nobody looks."""
-    memory: Memory | None = None
-    """None if this process may take what the machine has."""
+    memory: Memory = field(default_factory=Memory)
     jobs: Board | None = None
     """None where there are none: they need a queue in Redis."""
     catalog: Catalog = field(default_factory=lambda: Catalog({}))
@@ -64,11 +63,8 @@ class Gateway:
     def let_in(self) -> Visit:
         """The request of this task: from now on it is answered even if a drain begins, whatever it is doing then.
 
-        Raises NotReady, Draining or Overloaded if a new image would not be admitted now; ShortOfMemory if it should
-        come when others have left. Somebody is always let in, since nobody else would ever make room.
+        Raises NotReady, Draining or Overloaded if a new image would not be admitted now.
         """
-        if self.memory is not None and not self.memory.spare and self._in_flight:
-            raise ShortOfMemory
         return Visit(self, self._open_batcher())
 
     def _open_batcher(self) -> Dispatcher:

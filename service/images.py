@@ -31,6 +31,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from models.preprocessing import center_crop_resize, crop_box, to_rgb
 from service.errors import Undecodable
 from service.headers import Header, read_header
+from service.memory import UNLIMITED, Memory
 from service.work import Floats, Pixels
 
 DECODERS: dict[str, type[ImageFile.ImageFile]] = {
@@ -49,6 +50,8 @@ PLAIN_JPEG_COLORS = ("YCbCr", "Gray", "RGB")
 """For which libjpeg-turbo's own interface makes the same pixels as Pillow does by it, without Pillow's parsing."""
 BYTES_PER_DECODED_PIXEL = 40
 """At most, at the worst moment of decoding an upload or changing it at its own size; a test measures it."""
+BYTES_PER_JPEG_PIXEL = 16
+"""The same of a JPEG that is decoded, at its own size or not."""
 BYTES_PER_PURIFIED_SAMPLE = 5
 """Of an image at the model's size, kept beside what it became: uint8 and float32."""
 MAX_WEBP_SIDE = 16383
@@ -84,12 +87,15 @@ class Decoded:
     height: int
 
 
-def decode_image(data: bytes, input_size: tuple[int, int], max_pixels: int) -> Decoded:
+def decode_image(data: bytes, input_size: tuple[int, int], max_pixels: int, memory: Memory = UNLIMITED) -> Decoded:
     """The upload `data` by the recipe above, at `input_size` (height, width).
 
-    Raises what `read_header` raises, and Undecodable.
+    Raises what `read_header` raises, Undecodable, and ShortOfMemory.
     """
-    return _decoded(read_header(data, max_pixels), input_size)
+    header = read_header(data, max_pixels)
+    pixel_bytes = BYTES_PER_JPEG_PIXEL if header.format == "jpeg" else BYTES_PER_DECODED_PIXEL
+    with memory.promise(pixel_bytes * header.width * header.height):
+        return _decoded(header, input_size)
 
 
 def decode_if_quick(data: bytes, input_size: tuple[int, int], max_pixels: int) -> Decoded | None:
@@ -106,12 +112,17 @@ def _decoded(header: Header, input_size: tuple[int, int]) -> Decoded:
     return Decoded(np.asarray(image), header.format, header.width, header.height)
 
 
-def change_original(data: bytes, change: Floats, max_pixels: int) -> Pixels:
+def change_original(data: bytes, change: Floats, max_pixels: int, memory: Memory = UNLIMITED) -> Pixels:
     """The upload at its own size, upright, with `change` (h, w, 3), at model size, added to its crop.
 
-    Detail finer than the model's resolution is carried over as it came: unpurified.
+    Detail finer than the model's resolution is carried over as it came: unpurified. Raises as `decode_image`.
     """
-    image = _upright_rgb(read_header(data, max_pixels))
+    header = read_header(data, max_pixels)
+    with memory.promise(BYTES_PER_DECODED_PIXEL * header.width * header.height):
+        return _changed(_upright_rgb(header), change)
+
+
+def _changed(image: Image.Image, change: Floats) -> Pixels:
     height, width = change.shape[:2]
     left, top, right, bottom = crop_box(image.size, (height, width))
     pixels = np.array(image)
@@ -143,12 +154,17 @@ def to_bytes(image: Floats) -> Pixels:
 
 
 def encode_purified(
-    image: Floats, model_input: Pixels, original: bytes | None, media_type: str, max_pixels: int
+    image: Floats,
+    model_input: Pixels,
+    original: bytes | None,
+    media_type: str,
+    max_pixels: int,
+    memory: Memory = UNLIMITED,
 ) -> bytes:
     """The purified `image` at the model's size, or what purification changed put onto the `original` upload."""
     if original is None:
         return encode_image(image, media_type)
-    return encode_pixels(change_original(original, image - to_floats(model_input), max_pixels), media_type)
+    return encode_pixels(change_original(original, image - to_floats(model_input), max_pixels, memory), media_type)
 
 
 def encode_image(image: Floats, media_type: str) -> bytes:

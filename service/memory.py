@@ -1,96 +1,159 @@
 """How much memory is left to this process: requests are refused before the kernel kills it.
 
-What counts is the limit of its control group, which containers have, or of one above it; where there is none, nobody
-looks. Page cache that the kernel can drop is as good as free.
+What counts is the limit of its control group, which containers have, or of one above it. Page cache that the kernel
+can drop is as good as free.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ctypes
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from service.errors import ShortOfMemory
+
+logger = logging.getLogger(__name__)
+
 INTERVAL_S = 0.25
-"""Between two looks."""
+"""Between two looks: in so short a time requests seldom take more than the reserve."""
 RESERVE_SHARE = 1 / 16
-"""Of a limit, what is kept for requests that are inside already."""
+RESERVE_BYTES = 128 * 2**20
+"""Of a limit such a share, but no more than that, is kept for the engine's next batch and for small images."""
+TRIM_EVERY_S = 5.0
+"""At most: what is handed back is fetched again by the next batch."""
 NO_LIMIT = 2**60
 """The first version of control groups says it with a number; this or more is one."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a version of control groups calls things. Every file holds bytes, `stat` a line of them."""
+    """What a version of control groups calls things. Files hold bytes, those of `memory.stat` a line each."""
 
-    limit: str
+    limits: tuple[str, ...]
     used: str
-    droppable: str
-    """The line of `memory.stat`."""
+    inactive: str
+    active: str
+    mapped: str
+    """The page cache, by whether it was read again, and what of it a process has in its address space."""
 
 
-FIRST = Layout("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-SECOND = Layout("memory.max", "memory.current", "inactive_file")
+FIRST = Layout(
+    ("memory.limit_in_bytes",),
+    "memory.usage_in_bytes",
+    "total_inactive_file",
+    "total_active_file",
+    "total_mapped_file",
+)
+SECOND = Layout(("memory.max", "memory.high"), "memory.current", "inactive_file", "active_file", "file_mapped")
 
 
 @dataclass(frozen=True)
 class Group:
-    """A control group that limits memory."""
+    """A control group that accounts for memory, whether it limits it or not."""
 
     folder: Path
     layout: Layout
 
-    def limit(self) -> int:
-        """Bytes, and others when somebody changes it. Raises OSError and ValueError where there is none."""
-        return int((self.folder / self.layout.limit).read_text())  # which may be "max"
+    def limit(self) -> float:
+        """Bytes, infinite where there is none. Raises OSError and ValueError where the kernel does not tell."""
+        told = [(self.folder / name).read_text().strip() for name in self.layout.limits]
+        limit = min(math.inf if text == "max" else int(text) for text in told)
+        return math.inf if limit >= NO_LIMIT else limit
 
-    def left(self) -> int:
-        """Bytes. Raises OSError and ValueError where the kernel does not tell."""
-        stat = dict(line.split() for line in (self.folder / "memory.stat").read_text().splitlines())
-        used = int((self.folder / self.layout.used).read_text())
-        return self.limit() - used + int(stat.get(self.layout.droppable, 0))
+    def used(self) -> int:
+        """Bytes, without what the kernel can drop. Raises as `limit`."""
+        layout = self.layout
+        lines = (self.folder / "memory.stat").read_text().splitlines()
+        stat = {name: int(value) for name, value in map(str.split, lines)}
+        droppable = stat[layout.inactive] + max(0, stat[layout.active] - stat[layout.mapped])
+        return int((self.folder / layout.used).read_text()) - droppable
 
 
 class Memory:
-    """What was left at the last look."""
+    """What was left at the last look, and what of it is promised. Without `groups`, there is no end of it."""
 
-    def __init__(self, groups: Sequence[Group]) -> None:
-        """`groups` are at least one."""
-        self._groups = groups
-        self.left = 0
-        """Bytes, by the group that leaves the least."""
-        self.spare = 0
-        """Bytes that new requests may take; 0 when they should be refused."""
-        self.look()
+    def __init__(self, groups: Sequence[Group] = ()) -> None:
+        self.groups = groups
+        self.spare = math.inf
+        """Bytes that requests may still take; 0 when only small things are left."""
+        self._reserve = 0.0
+        self._trimmed_at = -math.inf
+        self._promised = 0
+        self._lock = threading.Lock()
+        self._read()
+
+    @property
+    def promised(self) -> int:
+        """Bytes, by `promise`."""
+        return self._promised
+
+    @contextmanager
+    def promise(self, count: int) -> Iterator[None]:
+        """For as long as the block runs, `count` bytes are for it. Any thread may ask.
+
+        Raises ShortOfMemory if they are not there, unless they are few and nobody else was promised any.
+        """
+        with self._lock:
+            if self._promised + count > max(self.spare, self._reserve / 2):
+                raise ShortOfMemory
+            self._promised += count
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._promised -= count
 
     def look(self) -> None:
-        """Look again; if little is left, hand back what the C library keeps of freed memory first."""
+        """Look again; where little is left, hand back what the C library keeps of freed memory first."""
+        was_short = not self.spare
         self._read()
-        if not self.spare:
+        now = time.monotonic()
+        if self.spare < self._reserve and now - self._trimmed_at >= TRIM_EVERY_S:
+            self._trimmed_at = now
             _trim()
             self._read()
+        if was_short != (not self.spare):
+            logger.warning("memory is short" if self.spare == 0 else "there is memory again")
 
     def _read(self) -> None:
-        with suppress(OSError, ValueError):  # then what was true last holds
-            left = [group.left() for group in self._groups]
-            reserves = [int(group.limit() * RESERVE_SHARE) for group in self._groups]
-            self.left = min(left)
-            self.spare = max(0, min(bytes_ - reserve for bytes_, reserve in zip(left, reserves, strict=True)))
+        seen = [room for group in self.groups if (room := _room(group)) is not None]
+        self.spare, self._reserve = min(seen, default=(math.inf, 0.0))
 
 
-def find_memory(root: Path = Path("/")) -> Memory | None:
-    """That of this process; None if no control group limits it. Everything is read below `root`."""
-    groups = [group for folder, layout in _folders(root) if (group := _group(folder, layout)) is not None]
-    return Memory(groups) if groups else None
+UNLIMITED = Memory()
 
 
-async def watch_memory(memory: Memory, looked: Callable[[Memory], None]) -> None:
-    """Look again and again, and tell `looked` each time."""
+def _room(group: Group) -> tuple[float, float] | None:
+    """What `group` leaves to requests, and its reserve; None if the kernel does not tell."""
+    try:
+        limit = group.limit()
+        reserve = min(limit * RESERVE_SHARE, RESERVE_BYTES)
+        return max(0.0, limit - group.used() - reserve), reserve
+    except (KeyError, OSError, ValueError):
+        return None
+
+
+def find_memory(root: Path = Path("/")) -> Memory:
+    """That of this process. Everything is read below `root`."""
+    groups = [Group(folder, layout) for folder, layout in _folders(root)]
+    return Memory([group for group in groups if _room(group) is not None])
+
+
+async def watch_memory(memory: Memory, looked: Callable[[], None]) -> None:
+    """Look again and again, and call `looked` each time."""
     while True:
-        memory.look()
-        looked(memory)
+        try:
+            await asyncio.to_thread(memory.look)
+            looked()
+        except Exception:
+            logger.exception("the watch over memory stumbled")
         await asyncio.sleep(INTERVAL_S)
 
 
@@ -114,16 +177,8 @@ def _folders(root: Path) -> list[tuple[Path, Layout]]:
     return folders
 
 
-def _group(folder: Path, layout: Layout) -> Group | None:
-    group = Group(folder, layout)
-    try:
-        group.left()
-        return group if group.limit() < NO_LIMIT else None
-    except (OSError, ValueError):
-        return None
-
-
 def _trim() -> None:
     """Hand freed memory back to the kernel, where the C library is glibc."""
-    with suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

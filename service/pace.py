@@ -23,8 +23,8 @@ class Pace:
     """
 
     def __init__(self, room: Callable[[Key], int]) -> None:
-        """`room` tells how many images of a key run together."""
-        self._room = room
+        self.room = room
+        """How many images of a key run together."""
         self._last: dict[Key, dict[int, deque[float]]] = {}
         self._seconds: dict[Key, dict[int, float]] = {}
         """The median of each size."""
@@ -32,8 +32,8 @@ class Pace:
     def note(self, key: Key, images: int, seconds: float) -> None:
         """A batch of `images` took `seconds`."""
         last = self._last.pop(key, None) or defaultdict(lambda: deque(maxlen=LAST_BATCHES))
-        size = min(images, self._room(key))
-        last[size].append(seconds)
+        size = min(images, self.room(key))  # a worker may take more at once than its gateway knows
+        last[size].append(seconds * size / images)
         self._last[key] = last  # at the end: what ran last is forgotten last
         self._seconds.setdefault(key, {})[size] = median(last[size])
         if len(self._last) > MAX_KEYS:
@@ -45,14 +45,14 @@ class Pace:
         expected_s = 0.0
         for key, count in counts:
             if key in self._seconds:
-                room, known = self._room(key), sorted(self._seconds[key].items())
+                room, known = self.room(key), sorted(self._seconds[key].items())
                 full, rest = divmod(count, room)
                 expected_s += full * _batch_s(known, room) + _batch_s(known, rest)
         return expected_s
 
     def last_batch_s(self, key: Key, count: int) -> float:
         """For the last batch of `count` images of a key, as `expected_s` counts it."""
-        return self.expected_s([(key, (count - 1) % self._room(key) + 1)])
+        return self.expected_s([(key, (count - 1) % self.room(key) + 1)])
 
 
 def _batch_s(known: list[tuple[int, float]], images: int) -> float:

@@ -245,7 +245,7 @@ async def decode(question: Question[ModelParameters], data: bytes, *, alone: boo
     size, limit = question.manifest.input_size, question.gateway.settings.max_image_pixels
     decoded = decode_if_quick(data, size, limit) if alone else None
     if decoded is None:
-        decoded = await in_thread(question, decode_image, data, size, limit)
+        decoded = await in_thread(question, decode_image, data, size, limit, question.gateway.memory)
     decode_ms = 1000 * (time.monotonic() - started)
     record = question.record
     record.time("decode", decode_ms)

@@ -64,11 +64,11 @@ class Catalog:
         self.refused = tuple(refused)
         self.chain = lru_cache(REMEMBERED_CHAINS)(self._chain)
         """(`name@version` of a bundle, a chain or None for its default) to Chain. Raises UnknownDefense."""
-        self._memory = lru_cache(REMEMBERED_QUESTIONS)(lambda function, asked: function(self, asked))
+        self._memo = lru_cache(REMEMBERED_QUESTIONS)(lambda function, asked: function(self, asked))
 
     def memoized(self, function: Callable[[Catalog, Asked], R], asked: Asked) -> R:
         """What `function` makes of this catalog and what is asked of it: most requests ask the same."""
-        result: R = self._memory(function, asked)
+        result: R = self._memo(function, asked)
         return result
 
     def _chain(self, name: str, wanted: str | None) -> Chain:

@@ -121,10 +121,10 @@ async def purify(request: Request) -> Response:
         completed = await answer(question, request, prepared, seed)
         purified = completed.answer
         assert isinstance(purified, Purified)
-        limit = question.gateway.settings.max_image_pixels
+        limit, memory = question.gateway.settings.max_image_pixels, question.gateway.memory
         started = time.monotonic()
         pixels = prepared.image.pixels
-        body = await in_thread(question, encode_purified, purified.image, pixels, original, media_type, limit)
+        body = await in_thread(question, encode_purified, purified.image, pixels, original, media_type, limit, memory)
         question.record.time("encode", 1000 * (time.monotonic() - started))
         headers = {
             "X-Clarifier-Model": question.key.model,

@@ -71,7 +71,7 @@ class Settings(BaseSettings):
     max_queue_size: PositiveInt = 256
     """Images that may wait; one more is answered 429."""
     max_queue_wait_ms: NonNegativeFloat = 4000
-    """How long an image may be expected to wait until its batch runs, unless next to nobody waits; one that would wait
+    """How long an image may be expected to wait until its batch runs, unless that is the next; one that would wait
     longer is answered 429. 0: as long as its deadline allows."""
     request_timeout_ms: PositiveFloat = 30_000
     """The longest deadline of a request; `X-Request-Timeout-Ms` can only shorten it."""

@@ -6,6 +6,7 @@ Nothing is written to disk, nothing is inflated, and file names are neither kept
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -66,17 +67,8 @@ class ByteBudget:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.held = 0
-        self.allowed = limit
-        """So many for now, where memory is scarce."""
-
-    def take(self, count: int) -> None:
-        """Hold `count` bytes more. Raises as `Account.add`."""
-        held = self.held + count
-        if held > self.limit:
-            raise Overloaded("too many bytes of uploads and answers are under way", limit=self.limit)
-        if held > self.allowed:
-            raise ShortOfMemory
-        self.held = held
+        self.allowed = math.inf
+        """So many for now, where memory is scarce; who holds all that is held may hold more."""
 
     def account(self) -> Account:
         """A new one."""
@@ -90,9 +82,18 @@ class Account:
         self._budget = budget
         self._held = 0
 
-    def add(self, count: int) -> None:
-        """Hold `count` bytes more. Raises Overloaded if the budget has not so many left, ShortOfMemory for now."""
-        self._budget.take(count)
+    def add(self, count: int, *, is_there: bool = False) -> None:
+        """Hold `count` bytes more; if it `is_there` they are in memory already, and refusing them would free nothing.
+
+        Raises Overloaded if the budget has not so many left, and ShortOfMemory if it has them, but not now.
+        """
+        budget = self._budget
+        held = budget.held + count
+        if held > budget.limit:
+            raise Overloaded("too many bytes of uploads and answers are under way", limit=budget.limit)
+        if held > budget.allowed and budget.held > self._held and not is_there:
+            raise ShortOfMemory
+        budget.held = held
         self._held += count
 
     def release(self) -> None:

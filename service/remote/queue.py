@@ -106,13 +106,15 @@ class RemoteQueue(Dispatcher):
     def check_in_time(self, key: Key, deadline: float) -> None:
         """As `Dispatcher.check_in_time`, by how long the last batches took that were answered here.
 
-        What waits for other gateways is not known and counts as nothing; what runs already counts in full.
+        What waits for other gateways is not known and counts as nothing; what runs already takes its time in full,
+        since nobody here knows when it began.
         """
         if not self._waiting or not self.workers:
             return
         left_s = deadline - time.monotonic()
         if left_s > self._pace.expected_s([(key, 1)]):  # else too late whoever is there
-            self._refuse_if_late(self._pace, 0.0, self._waiting, key, left_s, self.workers)
+            running = self.workers * self._pace.room(key)
+            self._refuse_if_late(self._pace, self._waiting, key, left_s, running=running, engines=self.workers)
 
     def admit(
         self,

@@ -106,7 +106,7 @@ class FakeBundle:
             raise SystemExit
 
     def _marked(self, images: Tensor, value: int) -> Tensor:
-        marked = (images[:, 0, 0, 0] * 255).round() == value
+        marked = (images[:, 0, 0, 0] * 255 - value).abs() < 1e-3  # as uploaded: noise seldom comes so near
         return marked & self.misbehaves
 
     def _purified(

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from service.batching import Batcher
-from service.dispatch import FEW
 from service.errors import (
     ClarifierError,
     ClientLeft,
@@ -178,22 +177,22 @@ def test_who_would_wait_in_vain_is_refused_at_once() -> None:
     asyncio.run(scenario())
 
 
-def test_who_would_wait_longer_than_anybody_should_is_refused_unless_next_to_nobody_waits() -> None:
+def test_who_would_wait_longer_than_anybody_should_is_refused_but_not_from_the_next_batch() -> None:
     async def scenario() -> None:
         engine = FakeEngine()
         async with started(engine, max_batch_size=2, max_queue_wait_ms=5000) as batcher:
             held = await hold(engine, batcher)
             for images in (1, 2):
                 batcher._pace.note(A, images, 100.0 * images)
-            waiting = admit(batcher, [1] * (FEW - 1))
-            await eventually(lambda: batcher._queue.depth == FEW - 1)
-            batcher.check_in_time(A, time.monotonic() + 10_000)  # 700 s, but next to nobody waits
+            waiting = admit(batcher, [1])
+            batcher.check_in_time(A, time.monotonic() + 10_000)  # 100 s, but it is in the next batch
             waiting += admit(batcher, [1])
             with pytest.raises(Overloaded) as refused:
                 batcher.check_in_time(A, time.monotonic() + 10_000)
-            assert 870 < refused.value.retry_after_s <= 895, "what runs, and four batches, but for 5 s"
+            assert 270 < refused.value.retry_after_s <= 295, "what runs, and a batch, but for 5 s"
             for images in [1, 2] * LAST_BATCHES:
                 batcher._pace.note(A, images, 0.5 * images)
+            waiting += admit(batcher, [1] * 6)
             batcher.check_in_time(A, time.monotonic() + 10_000)  # four batches of 1 s, and its own does not count
             waiting += admit(batcher, [1] * 4)
             with pytest.raises(Overloaded):

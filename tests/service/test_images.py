@@ -28,6 +28,7 @@ from service.errors import (
 )
 from service.images import (
     BYTES_PER_DECODED_PIXEL,
+    BYTES_PER_JPEG_PIXEL,
     DECODERS,
     QUICK_BYTES,
     change_original,
@@ -428,10 +429,19 @@ def peak():
 data = open(sys.argv[1], "rb").read()
 before = peak()
 decode_image(data, (8, 8), 40_000_000)
-changed = change_original(data, np.zeros((8, 8, 3), np.float32), 40_000_000)
-encode_pixels(changed, "image/webp")
+if sys.argv[2] == "change":
+    changed = change_original(data, np.zeros((8, 8, 3), np.float32), 40_000_000)
+    encode_pixels(changed, "image/webp")
 print(peak() - before)
 """
+
+
+def measured_bytes(path: Path, upload: bytes, what: str) -> int:
+    """What a process of its own needs to `decode` it, or to `change` it at its own size too."""
+    path.write_bytes(upload)
+    command = [sys.executable, "-c", MEASURE, str(path), what]
+    ran = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    return int(ran.stdout)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
@@ -439,12 +449,23 @@ def test_decoding_and_changing_take_no_more_memory_than_the_banner_says(tmp_path
     side = 2000
     pixels = np.full((side, side, 4), 128, np.uint8)
     pixels[::7, ::3] = 200
-    path = tmp_path / "upload"
-    path.write_bytes(encoded(pixels, "WEBP", lossless=True, quality=0, method=0))
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", MEASURE, str(path)]
-    measured = int(subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout)
+    upload = encoded(pixels, "WEBP", lossless=True, quality=0, method=0)
+    measured = measured_bytes(tmp_path / "upload", upload, "change")
     assert 12 * side * side < measured < BYTES_PER_DECODED_PIXEL * side * side
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+@pytest.mark.parametrize("mode", ["RGB", "CMYK"])
+def test_decoding_a_jpeg_takes_no_more_memory_than_is_promised(tmp_path: Path, mode: str) -> None:
+    side = 2500
+    pixels = np.full((side, side, len(mode)), 128, np.uint8)
+    pixels[::7, ::3] = 200
+    file = io.BytesIO()
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(pixels, mode).save(file, "JPEG", progressive=True, subsampling=0, exif=turned)
+    measured = measured_bytes(tmp_path / "upload", file.getvalue(), "decode")
+    assert 8 * side * side < measured < BYTES_PER_JPEG_PIXEL * side * side
 
 
 def test_a_picture_that_pillow_calls_a_bomb_is_undecodable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,3 +59,17 @@ def test_it_remembers_so_many_keys_and_forgets_what_ran_longest_ago() -> None:
     for key in [*keys, keys[0], FAST]:
         pace.note(key, 1, 1.0)
     assert [pace.expected_s([(key, 1)]) for key in (keys[0], keys[1], FAST)] == [1.0, 0.0, 1.0]
+
+
+def test_the_last_batch_is_what_is_left_of_full_ones() -> None:
+    pace = paced()
+    for images in (1, 8):
+        pace.note(FAST, images, float(images))
+    assert [pace.last_batch_s(FAST, count) for count in (1, 8, 9, 16)] == [1.0, 8.0, 1.0, 8.0]
+    assert pace.last_batch_s(SLOW, 3) == 0
+
+
+def test_a_batch_larger_than_what_runs_together_here_counts_by_its_share() -> None:
+    pace = paced()
+    pace.note(FAST, 32, 4.0)
+    assert pace.expected_s([(FAST, 8)]) == 1.0
