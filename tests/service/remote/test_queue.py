@@ -87,7 +87,7 @@ def test_what_a_redis_has_forgotten_is_sent_again(farm: Farm) -> None:
 
 
 def test_who_would_wait_in_vain_is_refused_at_once(farm: Farm) -> None:
-    server = farm.gateway(max_batch_size=1)
+    server = farm.gateway(max_batch_size=1, max_queue_wait_ms=0)
     farm.worker(delay_s=1.0, max_batch_size=1)
     ready(server)
     hurried = {"x-request-timeout-ms": "2500"}
