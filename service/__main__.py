@@ -165,7 +165,7 @@ def _check_keys(settings: Settings) -> None:
 
 
 def _kept(loaded: Loaded) -> Loaded:
-    """What is loaded stays: spare the collector torch's objects, whose walks cost more than most requests."""
+    """What is loaded stays: spare the collector walks over torch's many objects, which hold up every request."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(COLLECTION_THRESHOLD)

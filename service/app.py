@@ -22,7 +22,7 @@ from service.gateway import Gateway
 from service.jobs.routes import jobs
 from service.lag import watch_lag
 from service.loading import Loaded, load_engine
-from service.memory import Memory, watch_memory
+from service.memory import UNLIMITED, Memory, watch_memory
 from service.metrics import Metrics
 from service.middleware import DirectMiddleware, RequestMiddleware
 from service.oip.routes import oip, oip_server
@@ -51,11 +51,11 @@ DESCRIPTION = (
 
 
 def create_app(
-    settings: Settings, load: Callable[[Settings], Loaded] = load_engine, memory: Memory | None = None
+    settings: Settings, load: Callable[[Settings], Loaded] = load_engine, memory: Memory = UNLIMITED
 ) -> FastAPI:
     """The application. It answers probes at once, and images as soon as `load` has come back; with `QUEUE=redis` as
-    soon as a worker is there, and nothing is loaded. It takes no more memory than is left of `memory`, if that is
-    given. Raises SettingsError.
+    soon as a worker is there, and nothing is loaded. It takes no more memory than is left of `memory`.
+    Raises SettingsError.
     """
     metrics = Metrics()
     shared = _share(settings, metrics)
@@ -74,7 +74,7 @@ def create_app(
         cache=cache,
         access=access,
         similarity=similarity,
-        memory=memory or Memory(),
+        memory=memory,
     )
     app = FastAPIOffline(
         title="Clarifier",

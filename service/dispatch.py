@@ -133,9 +133,9 @@ class Dispatcher(ABC):
         """Raise Overloaded as `check_in_time`, where `engines` share what takes `running_s` and all that is `waiting`,
         of which so many images may be `running` already.
         """
-        everybody = waiting + Counter([key])
-        expected_s = (running_s + pace.expected_s(everybody.items())) / engines
         is_next = waiting.total() - running < pace.room(key)
+        everybody = {**waiting, key: waiting[key] + 1}
+        expected_s = (running_s + pace.expected_s(everybody.items())) / engines
         until_start_s = 0.0 if is_next else expected_s - pace.last_batch_s(key, everybody[key]) / engines
         late_s = max(expected_s - IN_TIME * left_s, until_start_s - self._max_queue_wait_s)
         if late_s > 0:

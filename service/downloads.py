@@ -36,7 +36,7 @@ class Download(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._budget.account() as account:
-            account.add(len(self.body), is_there=True)
+            account.add(len(self.body), in_memory=True)
             try:
                 async with asyncio.timeout(self._timeout_s):
                     await self._send(send)

@@ -15,7 +15,7 @@ from service.cache import AnswerCache
 from service.dispatch import Dispatcher
 from service.entropy import Entropy
 from service.errors import Draining, NotReady, UnknownModel
-from service.memory import Memory
+from service.memory import UNLIMITED, Memory
 from service.metrics import Metrics
 from service.repository import Catalog
 from service.settings import Settings
@@ -44,7 +44,7 @@ class Gateway:
     """None if everybody may ask as often as they like."""
     similarity: SimilarityWatch | None = None
     """None while nobody looks."""
-    memory: Memory = field(default_factory=Memory)
+    memory: Memory = UNLIMITED
     jobs: Board | None = None
     """None where there are none: they need a queue in Redis."""
     catalog: Catalog = field(default_factory=lambda: Catalog({}))

@@ -49,7 +49,7 @@ DAMAGED = (
 PLAIN_JPEG_COLORS = ("YCbCr", "Gray", "RGB")
 """For which libjpeg-turbo's own interface makes the same pixels as Pillow does by it, without Pillow's parsing."""
 BYTES_PER_DECODED_PIXEL = 40
-"""At most, at the worst moment of decoding an upload or changing it at its own size; a test measures it."""
+"""At most, at the worst moment of decoding an upload or changing and encoding it at its own size: see the tests."""
 BYTES_PER_JPEG_PIXEL = 16
 """The same of a JPEG that is decoded, at its own size or not."""
 BYTES_PER_PURIFIED_SAMPLE = 5
@@ -70,7 +70,7 @@ TURNS = {
 
 QUICK_BYTES = 8 * 1024
 QUICK_PIXELS = 64 * 64
-"""Within both, decoding costs less than the way to a thread and back under load (40 and 150 µs for 32 × 32 pixels)."""
+"""Within both, decoding costs less than the way to a thread and back under load."""
 COMPRESSED_METADATA = (b"zTXt", b"iTXt", b"iCCP")
 """Chunks of a PNG of which a few bytes can inflate to megabytes: never quick."""
 STRIP_ROWS = 256
@@ -112,17 +112,12 @@ def _decoded(header: Header, input_size: tuple[int, int]) -> Decoded:
     return Decoded(np.asarray(image), header.format, header.width, header.height)
 
 
-def change_original(data: bytes, change: Floats, max_pixels: int, memory: Memory = UNLIMITED) -> Pixels:
-    """The upload at its own size, upright, with `change` (h, w, 3), at model size, added to its crop.
+def change_original(header: Header, change: Floats) -> Pixels:
+    """The upload of `header` at its own size, upright, with `change` (h, w, 3), at model size, added to its crop.
 
-    Detail finer than the model's resolution is carried over as it came: unpurified. Raises as `decode_image`.
+    Detail finer than the model's resolution is carried over as it came: unpurified. Raises Undecodable.
     """
-    header = read_header(data, max_pixels)
-    with memory.promise(BYTES_PER_DECODED_PIXEL * header.width * header.height):
-        return _changed(_upright_rgb(header), change)
-
-
-def _changed(image: Image.Image, change: Floats) -> Pixels:
+    image = _upright_rgb(header)
     height, width = change.shape[:2]
     left, top, right, bottom = crop_box(image.size, (height, width))
     pixels = np.array(image)
@@ -161,10 +156,15 @@ def encode_purified(
     max_pixels: int,
     memory: Memory = UNLIMITED,
 ) -> bytes:
-    """The purified `image` at the model's size, or what purification changed put onto the `original` upload."""
+    """The purified `image` at the model's size, or what purification changed put onto the `original` upload.
+
+    Raises as `decode_image`.
+    """
     if original is None:
         return encode_image(image, media_type)
-    return encode_pixels(change_original(original, image - to_floats(model_input), max_pixels, memory), media_type)
+    header = read_header(original, max_pixels)
+    with memory.promise(BYTES_PER_DECODED_PIXEL * header.width * header.height):
+        return encode_pixels(change_original(header, image - to_floats(model_input)), media_type)
 
 
 def encode_image(image: Floats, media_type: str) -> bytes:

@@ -22,7 +22,7 @@ from service.errors import ShortOfMemory
 logger = logging.getLogger(__name__)
 
 INTERVAL_S = 0.25
-"""Between two looks: in so short a time requests seldom take more than the reserve."""
+"""Between two looks. What requests may take meanwhile is bounded by what was left at the last one."""
 RESERVE_SHARE = 1 / 16
 RESERVE_BYTES = 128 * 2**20
 """Of a limit such a share, but no more than that, is kept for the engine's next batch and for small images."""

@@ -26,8 +26,8 @@ class Pace:
         self.room = room
         """How many images of a key run together."""
         self._last: dict[Key, dict[int, deque[float]]] = {}
-        self._seconds: dict[Key, dict[int, float]] = {}
-        """The median of each size."""
+        self._known: dict[Key, list[tuple[int, float]]] = {}
+        """Sizes and their medians, in order."""
 
     def note(self, key: Key, images: int, seconds: float) -> None:
         """A batch of `images` took `seconds`."""
@@ -35,17 +35,18 @@ class Pace:
         size = min(images, self.room(key))  # a worker may take more at once than its gateway knows
         last[size].append(seconds * size / images)
         self._last[key] = last  # at the end: what ran last is forgotten last
-        self._seconds.setdefault(key, {})[size] = median(last[size])
+        self._known[key] = sorted({**dict(self._known.get(key, ())), size: median(last[size])}.items())
         if len(self._last) > MAX_KEYS:
             oldest = next(iter(self._last))
-            del self._last[oldest], self._seconds[oldest]
+            del self._last[oldest], self._known[oldest]
 
     def expected_s(self, counts: Iterable[tuple[Key, int]]) -> float:
         """For so many images of each key, in batches that are as full as they can be."""
         expected_s = 0.0
         for key, count in counts:
-            if key in self._seconds:
-                room, known = self.room(key), sorted(self._seconds[key].items())
+            known = self._known.get(key)
+            if known:
+                room = self.room(key)
                 full, rest = divmod(count, room)
                 expected_s += full * _batch_s(known, room) + _batch_s(known, rest)
         return expected_s

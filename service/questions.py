@@ -115,11 +115,19 @@ class Prepared:
 
 def ask(request: Request, operation: Operation, kind: type[P]) -> Question[P]:
     """What `request` asks, for a `with` block. Raises what its query, headers, model, key and the queue forbid."""
-    return ask_with(request, operation, read_parameters(kind, request))
+    question = ask_with(request, operation, read_parameters(kind, request))
+    try:
+        question.batcher.check_in_time(question.key, question.deadline)
+    except BaseException:
+        question.visit.end()
+        raise
+    return question
 
 
 def ask_with(request: Request, operation: Operation, parameters: Given) -> Question[Given]:
-    """As `ask`, for `parameters` that were not read from the query."""
+    """As `ask`, for `parameters` that were not read from the query, and however long the queue is: a job has time, and
+    what a body may still `refine` is not known yet.
+    """
     gateway = gateway_of(request)
     record = record_of(request.scope)
     deadline = record.started + read_timeout_s(request, gateway.settings.request_timeout_ms / 1000)
@@ -131,7 +139,6 @@ def ask_with(request: Request, operation: Operation, parameters: Given) -> Quest
         record.model, record.digest = key.model, bundle.digest
         record.defense = key.defense if isinstance(parameters, DefenseParameters) else ""
         check_rights(request, key, catalog)
-        batcher.check_in_time(key, deadline)
     except BaseException:
         visit.end()
         raise

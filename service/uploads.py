@@ -82,8 +82,8 @@ class Account:
         self._budget = budget
         self._held = 0
 
-    def add(self, count: int, *, is_there: bool = False) -> None:
-        """Hold `count` bytes more; if it `is_there` they are in memory already, and refusing them would free nothing.
+    def add(self, count: int, *, in_memory: bool = False) -> None:
+        """Hold `count` bytes more; `in_memory` they are already, and refusing them would free nothing.
 
         Raises Overloaded if the budget has not so many left, and ShortOfMemory if it has them, but not now.
         """
@@ -91,7 +91,7 @@ class Account:
         held = budget.held + count
         if held > budget.limit:
             raise Overloaded("too many bytes of uploads and answers are under way", limit=budget.limit)
-        if held > budget.allowed and budget.held > self._held and not is_there:
+        if held > budget.allowed and budget.held > self._held and not in_memory:
             raise ShortOfMemory
         budget.held = held
         self._held += count

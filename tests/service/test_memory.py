@@ -167,7 +167,7 @@ def test_what_the_c_library_keeps_is_handed_back_now_and_then_where_little_is_le
     assert caplog.messages == ["memory is short", "there is memory again"]
 
 
-def test_what_is_promised_is_there_and_small_things_have_the_reserve(group_of: Callable[[int], Memory]) -> None:
+def test_what_is_promised_in_memory_and_small_things_have_the_reserve(group_of: Callable[[int], Memory]) -> None:
     memory = group_of(1400)
     with memory.promise(60 * MIB):
         assert memory.promised == 60 * MIB
@@ -192,11 +192,11 @@ def test_a_budget_holds_no_more_than_is_allowed_for_now_but_for_who_is_alone() -
     with pytest.raises(ShortOfMemory):
         second.add(1)
     first.add(20)
-    second.add(10, is_there=True)
+    second.add(10, in_memory=True)
     with pytest.raises(ShortOfMemory):
         first.add(1)
     with pytest.raises(Overloaded):
-        second.add(31, is_there=True)
+        second.add(31, in_memory=True)
     first.release()
     second.add(1)
 

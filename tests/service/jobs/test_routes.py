@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from service.errors import Overloaded
 from service.jobs.store import JOBS
 from tests.service import own_redis
 from tests.service.conftest import Running, Server, until
@@ -324,3 +325,16 @@ def test_they_are_documented(shared: tuple[Farm, Server]) -> None:
         "application/jsonl",
         "application/zip",
     }
+
+
+def test_a_job_is_taken_however_long_others_have_to_wait(
+    shared: tuple[Farm, Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, server = shared
+
+    def refuse(*_: object) -> None:
+        raise Overloaded
+
+    monkeypatch.setattr(server.gateway.batcher, "check_in_time", refuse)
+    assert server.client.post("/classify", content=GOOD).status_code == 429
+    assert done(server, post(server, GOOD))["state"] == "done"

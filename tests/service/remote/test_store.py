@@ -12,7 +12,7 @@ from contextlib import ExitStack, suppress
 import pytest
 
 from service.remote.queue import RemoteQueue
-from service.remote.store import BUNDLE, PARKED, UNREACHABLE, Added, Request, Store
+from service.remote.store import PARKED, UNREACHABLE, Added, Request, Store
 from tests.service import own_redis
 from tests.service.conftest import Server, until
 from tests.service.fakes import marked, png
@@ -255,23 +255,3 @@ def test_row_70_a_replica_takes_over_with_what_it_has(behind: tuple[Farm, Server
             first.start()
         proxy.target = proxy_target
         proxy.cut()
-
-
-def test_a_bundle_that_nobody_can_describe_is_said_once(
-    behind: tuple[Farm, Server, Proxy], caplog: pytest.LogCaptureFixture
-) -> None:
-    farm, server, _ = behind
-    ready(server)
-    caplog.set_level("INFO")
-    client = farm.redis.client()
-    client.set(BUNDLE + DIGEST, "[")  # the worker sees only that there is something
-    late = farm.gateway()
-    client.config_resetstat()
-    until(lambda: client.info("commandstats").get("cmdstat_get", {}).get("calls", 0) >= 5)
-    assert late.client.get("/readyz").status_code == 503
-    said = [line.message for line in caplog.records if line.name == "service.remote.roster"]
-    assert said.count(f"Redis does not tell what colors@1 is: {DIGEST[:12]} is left out") == 1
-    assert not [line for line in said if line.startswith("served by")]
-    client.delete(BUNDLE + DIGEST)  # its worker sees that, and describes it again
-    ready(late)
-    assert classify(late).status_code == 200
