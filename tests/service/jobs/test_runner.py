@@ -27,7 +27,7 @@ from tests.service.own_redis import DEADLY_VALUE
 
 pytestmark = pytest.mark.skipif(not own_redis.is_installed(), reason=own_redis.MISSING)
 
-IMAGES = 300
+IMAGES = 200
 
 
 def numbered(number: int) -> bytes:
@@ -197,7 +197,7 @@ def test_row_72_a_key_of_another_type_is_left_out(part: str, shared: tuple[Farm,
 @pytest.mark.parametrize("chunk", [b"", b"[]\n", b"[[0, 1, 1.0]]\nshort", b"[[5, 1, 1.0]]\n" + green().tobytes(), b"{"])
 def test_row_72_images_whose_input_is_lost_are_errors_in_their_place(chunk: bytes, farm: Farm) -> None:
     server = farm.gateway(max_batch_size=2)
-    farm.worker(max_batch_size=1, delay_s=0.2)
+    farm.worker(max_batch_size=1, delay_s=0.05)
     ready(server)
     made = post(server, *map(color, range(35)))
     job = made.json()["id"]
