@@ -100,7 +100,7 @@ def create_app(
 
 def _share(settings: Settings, metrics: Metrics) -> Shared | None:
     """What is shared with other gateways in Redis; None if nothing is, or there is none."""
-    url = settings.shared_redis_url
+    url = settings.shared_redis_address
     if url is None or not (settings.cache_ttl_s or settings.rate_limit or settings.api_keys_file):
         return None
     from service.remote.shared import Shared
@@ -187,7 +187,7 @@ def _meet_workers(gateway: Gateway) -> None:
         gateway.catalog = catalog
 
     settings = gateway.settings
-    store = Store(settings.redis_url.get_secret_value())
+    store = Store(settings.redis_address)
     queue = RemoteQueue(
         store,
         max_queue_size=settings.max_queue_size,
@@ -207,7 +207,7 @@ def _open_jobs(gateway: Gateway, queue: RemoteQueue) -> Board:
     from service.jobs.runner import Runner
     from service.jobs.store import JobStore
 
-    store = JobStore(gateway.settings.redis_url.get_secret_value())
+    store = JobStore(gateway.settings.redis_address)
     board = Board(gateway.settings, store, Runner(gateway, queue, store), gateway.metrics)
     board.start()
     return board

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from urllib.parse import quote, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -12,6 +13,7 @@ from pydantic import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    PrivateAttr,
     SecretStr,
     ValidationError,
     field_validator,
@@ -54,6 +56,8 @@ class Settings(BaseSettings):
     redis_url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")
     """Of the Redis that gateways and workers meet in; it may hold a password, and is never logged. One that is set is
     also where gateways share rate limits and cached answers, with QUEUE=memory too."""
+    redis_password_file: Path | None = None
+    """Its only line is the password for `redis_url`, which then has none: for secrets that are mounted as files."""
     worker_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     """Where a worker answers /livez, /readyz and /metrics; None: nowhere."""
 
@@ -106,6 +110,8 @@ class Settings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["json", "text"] = "text"
 
+    _redis_address: SecretStr = PrivateAttr(SecretStr(""))
+
     @field_validator("redis_url")
     @classmethod
     def _redis_scheme(cls, url: SecretStr) -> SecretStr:
@@ -115,10 +121,15 @@ class Settings(BaseSettings):
         return url
 
     @property
-    def shared_redis_url(self) -> str | None:
+    def redis_address(self) -> str:
+        """`redis_url` with the password of `redis_password_file`: for nobody's eyes."""
+        return self._redis_address.get_secret_value()
+
+    @property
+    def shared_redis_address(self) -> str | None:
         """Where gateways share rate limits and cached answers; None if each has its own."""
         is_used = self.queue == "redis" or "redis_url" in self.model_fields_set
-        return self.redis_url.get_secret_value() if is_used else None
+        return self.redis_address if is_used else None
 
     @model_validator(mode="after")
     def _contradictions(self) -> Self:
@@ -126,6 +137,16 @@ class Settings(BaseSettings):
             raise ValueError(_contradiction("MAX_BATCH_SIZE is larger than MAX_QUEUE_SIZE"))
         if self.max_queue_delay_ms >= self.request_timeout_ms:
             raise ValueError(_contradiction("MAX_QUEUE_DELAY_MS is not below REQUEST_TIMEOUT_MS"))
+        return self
+
+    @model_validator(mode="after")
+    def _password(self) -> Self:
+        url = self.redis_url.get_secret_value()
+        if self.redis_password_file is not None:
+            if urlsplit(url).password is not None:
+                raise ValueError(_contradiction("REDIS_URL has a password, and so has REDIS_PASSWORD_FILE"))
+            url = _with_password(url, _read_password(self.redis_password_file))
+        self._redis_address = SecretStr(url)
         return self
 
 
@@ -137,6 +158,24 @@ def _check_redis_url(url: str) -> None:
         ConnectionPool.from_url(url).make_connection()  # type: ignore[no-untyped-call]
     except (TypeError, ValueError):
         raise ValueError("is no address of a Redis") from None
+
+
+def _read_password(path: Path) -> str:
+    name = f"{PREFIX}REDIS_PASSWORD_FILE"
+    try:
+        password = path.read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ValueError(f"{name}: {path} cannot be read: {why}") from None
+    if not password or "\n" in password:
+        raise ValueError(f"{name}: {path} has to hold one line, the password")
+    return password
+
+
+def _with_password(url: str, password: str) -> str:
+    parts = urlsplit(url)
+    user, _, place = parts.netloc.rpartition("@")
+    return parts._replace(netloc=f"{user.removesuffix(':')}:{quote(password, safe='')}@{place}").geturl()
 
 
 def _contradiction(sentence: str) -> str:

@@ -59,7 +59,7 @@ async def work(settings: Settings, load: Callable[[Settings], Loaded] = load_eng
     on_hangup(asked.set)
     probes = _probes(settings, metrics, lambda: engine)
     loaded = await load_noted(partial(load, settings), metrics)
-    store = Store(settings.redis_url.get_secret_value())
+    store = Store(settings.redis_address)
     engine = RemoteEngine(settings, loaded, store, metrics)
     reloading = reload_when_asked(asked, loaded, engine.swap, metrics, settings.default_model)
     del loaded  # or what was served first would be kept

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from redis import ConnectionPool
 
 from service.settings import Settings, SettingsError, load_settings
 
@@ -130,7 +131,7 @@ def test_gateways_share_in_a_redis_that_is_named_or_that_they_need_anyway(
     monkeypatch.setenv("CLARIFIER_QUEUE", queue)
     if url is not None:
         monkeypatch.setenv("CLARIFIER_REDIS_URL", url)
-    assert load_settings().shared_redis_url == shared
+    assert load_settings().shared_redis_address == shared
 
 
 @pytest.mark.parametrize(
@@ -151,5 +152,49 @@ def test_row_82_a_password_is_never_repeated(url: str, monkeypatch: pytest.Monke
         said = str(error)
     else:
         said = f"{settings!r} {settings.model_dump(mode='json')}"
-        assert "canary" in settings.redis_url.get_secret_value()
+        assert "canary" in settings.redis_address
     assert "canary" not in said
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("redis://redis:6379/0", "redis://:p%40ss%2F%3Aw%20%C3%B6rd@redis:6379/0"),
+        ("rediss://gateway@[::1]:6379/1", "rediss://gateway:p%40ss%2F%3Aw%20%C3%B6rd@[::1]:6379/1"),
+        ("unix:///run/redis.sock?db=1", "unix://:p%40ss%2F%3Aw%20%C3%B6rd@/run/redis.sock?db=1"),
+    ],
+)
+def test_a_password_can_come_from_a_file(
+    url: str, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "password").write_text("p@ss/:w örd\n")
+    monkeypatch.setenv("CLARIFIER_REDIS_URL", url)
+    monkeypatch.setenv("CLARIFIER_REDIS_PASSWORD_FILE", str(tmp_path / "password"))
+    settings = load_settings()
+    assert settings.redis_address == settings.shared_redis_address == address
+    assert ConnectionPool.from_url(address).connection_kwargs["password"] == "p@ss/:w örd"
+    assert "örd" not in f"{settings!r} {settings.model_dump(mode='json')}"
+
+
+@pytest.mark.parametrize(
+    ("content", "url", "why"),
+    [
+        (None, "redis://there", "cannot be read: No such file"),
+        (b"", "redis://there", "has to hold one line"),
+        (b"\n", "redis://there", "has to hold one line"),
+        (b"canary\ncanary\n", "redis://there", "has to hold one line"),
+        (b"canary\xff", "redis://there", "cannot be read: it is not UTF-8"),
+        (b"canary", "redis://:canary@there", "CLARIFIER_REDIS_URL has a password"),
+    ],
+)
+def test_a_file_without_a_password_stops_the_start(
+    content: bytes | None, url: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if content is not None:
+        (tmp_path / "password").write_bytes(content)
+    monkeypatch.setenv("CLARIFIER_REDIS_URL", url)
+    monkeypatch.setenv("CLARIFIER_REDIS_PASSWORD_FILE", str(tmp_path / "password"))
+    with pytest.raises(SettingsError, match=why) as refused:
+        load_settings()
+    assert "CLARIFIER_REDIS_PASSWORD_FILE" in str(refused.value)
+    assert "canary" not in str(refused.value)
