@@ -221,9 +221,10 @@ def _classify(number: int) -> bytes:
 def _counts(port: int) -> dict[str, float]:
     with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
         page = answer.read().decode()
-    wanted = {"accepted_total": "accepted", "answered_total": "answered", "cancelled_total": "cancelled"}
-    found = dict(re.findall(r"^clarifier_(\w+) (\S+)$", page, re.M))
-    return {name: float(found[key]) for key, name in (wanted | {"queue_depth": "queue_depth"}).items()}
+    found = re.findall(r"^clarifier_(\w+)(?:\{.*\})? (\S+)$", page, re.M)
+    wanted = {"accepted": "accepted_total", "answered": "answered_total", "cancelled": "cancelled_total"}
+    wanted["queue_depth"] = "queue_depth"
+    return {name: sum(float(value) for metric, value in found if metric == key) for name, key in wanted.items()}
 
 
 def _until_empty(port: int, within_s: float = 30.0) -> None:

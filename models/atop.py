@@ -16,6 +16,7 @@ from models import transforms
 from models.deepfill import DeepFill
 from models.mae import MaskedAutoencoder
 from models.manifest import AtopPreset, InpainterSpec, MaeSpec
+from models.stages import stage
 from models.unet import UNet
 
 
@@ -44,9 +45,11 @@ class AtopPurifier(nn.Module):
 
     def forward(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
         """Purified images, same shape, in [0, 1]. One seed per image draws its mask and its noise."""
-        masks = self.draw_masks(seeds, images.device)
-        noisy = self.noisy(self.enlarge(images), seeds)
-        filled = [self.inpainter(transforms.hide(noisy, mask), mask)[-1] for mask in masks]
+        with stage("transform", images.device):
+            masks = self.draw_masks(seeds, images.device)
+            noisy = self.noisy(self.enlarge(images), seeds)
+            hidden = [transforms.hide(noisy, mask) for mask in masks]
+        filled = [self.inpainter(each, mask)[-1] for each, mask in zip(hidden, masks, strict=True)]
         restored = filled[0] if len(filled) == 1 else transforms.recombine(filled, masks)
         return self.shrink(restored.clamp(0, 1), images.shape[-2:])
 

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from functools import partial
 
 from fastapi import Request
 
-from service.access import owner_of
 from service.cache import AnswerCache, answer_keys
 from service.departure import WhenGone
-from service.errors import ClarifierError, ClientLeft
-from service.gateway import Gateway
+from service.errors import ClarifierError, ClientLeft, DeadlineExceeded
 from service.parameters import ModelParameters
 from service.questions import Prepared, Question, in_thread
 from service.queue import Completed, Outcome
 from service.record import Record
 from service.remote.wire import fits
 from service.work import Answer, Pixels, is_degraded
-
-logger = logging.getLogger(__name__)
 
 QUICK_HASH_BYTES = 64 * 1024
 """Pixels that are hashed at once: the way to a thread and back would take longer."""
@@ -46,7 +41,9 @@ async def answer_all(
     if not images:
         return []
     pixels = [prepared.image.pixels for prepared in images]
-    watch_for_attacks(question.gateway, request, pixels)
+    watch = question.gateway.watch
+    if watch is not None:
+        watch.note_queries(request.scope, pixels)
     cache = question.gateway.cache
     if cache is None:
         outcomes = await _run(question, request, pixels, seeds)
@@ -56,20 +53,9 @@ async def answer_all(
     for outcome in outcomes:
         if isinstance(outcome, Completed):
             metrics.count_answer(question.record, outcome.answer, manifest.classes, manifest.aid_threshold)
+    if watch is not None:
+        watch.note_outcomes(question.key, pixels, outcomes)
     return outcomes
-
-
-def watch_for_attacks(gateway: Gateway, request: Request, images: Sequence[Pixels]) -> None:
-    """Count and log images that are near-duplicates of too many that the client of `request` has sent before."""
-    if gateway.similarity is None:
-        return
-    who = owner_of(request.scope)
-    for image in images:
-        excess = gateway.similarity.note(who, image)
-        if excess:
-            gateway.metrics.similarity_alerts.inc()
-        if excess == 1:
-            logger.warning("very many near-duplicates of one image", extra={"fields": {"from": who}})
 
 
 async def _find_or_run(
@@ -131,19 +117,23 @@ async def _run(
         return []
     metrics = question.gateway.metrics
     metrics.accepted.inc(len(items))
-    ended = metrics.answered
     try:
         with WhenGone(request, partial(question.batcher.withdraw, items)):
             outcomes = await question.batcher.wait(items)
-        for outcome in outcomes:
-            if isinstance(outcome, ClientLeft):
-                ended = metrics.cancelled
-                raise outcome
-    finally:
-        ended.inc(len(items))
-    for outcome in outcomes:
+    except BaseException:
+        metrics.answered.inc(len(items))
+        raise
+    gone = [outcome for outcome in outcomes if isinstance(outcome, ClientLeft)]
+    if gone:
+        metrics.count_cancelled([one.where for one in gone], ran=len(outcomes) - len(gone))
+        raise gone[0]
+    metrics.answered.inc(len(items))
+    for item, outcome in zip(items, outcomes, strict=True):
         if isinstance(outcome, Completed):
+            metrics.queue_wait.observe(outcome.queue_ms / 1000)
             _time(question.record, outcome)
+        elif isinstance(outcome, DeadlineExceeded):
+            metrics.queue_wait.observe(item.deadline - item.enqueued_at)
     return outcomes
 
 

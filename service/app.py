@@ -33,8 +33,9 @@ from service.reloading import load_noted, reload_when_asked
 from service.repository import Catalog
 from service.routes import catalog, direct, router
 from service.settings import Settings
-from service.similarity import SimilarityWatch
 from service.uploads import ByteBudget, budget_bytes
+from service.watch.attack_watch import AttackWatch
+from service.watch.families import MemoryFamilies
 
 if TYPE_CHECKING:
     from service.jobs.board import Board
@@ -64,7 +65,6 @@ def create_app(
     decoders = ThreadPoolExecutor(decoder_threads(), "decoder")
     budget = ByteBudget(budget_bytes(settings.max_batch_size, settings.max_image_bytes))
     cache = _create_cache(settings, shared)
-    similarity = SimilarityWatch(settings.similarity_limit) if settings.similarity_limit else None
     gateway = Gateway(
         settings,
         metrics,
@@ -73,9 +73,11 @@ def create_app(
         Entropy(),
         cache=cache,
         access=access,
-        similarity=similarity,
         memory=memory,
     )
+    if settings.similarity_limit or settings.shadow_rate:
+        gateway.watch = AttackWatch(gateway, MemoryFamilies() if shared is None else shared.families)
+    metrics.watch_readiness(gateway.why_not_ready)
     app = FastAPIOffline(
         title="Clarifier",
         description=f"{DESCRIPTION} {_limits(settings)}",
@@ -101,11 +103,16 @@ def create_app(
 def _share(settings: Settings, metrics: Metrics) -> Shared | None:
     """What is shared with other gateways in Redis; None if nothing is, or there is none."""
     url = settings.shared_redis_address
-    if url is None or not (settings.cache_ttl_s or settings.rate_limit or settings.api_keys_file):
+    if url is None or not _shares(settings):
         return None
     from service.remote.shared import Shared
 
     return Shared(url, metrics, tells=settings.queue == "memory")
+
+
+def _shares(settings: Settings) -> bool:
+    """Whether there is anything that gateways can share."""
+    return bool(settings.cache_ttl_s or settings.rate_limit or settings.api_keys_file or settings.similarity_limit)
 
 
 def _create_cache(settings: Settings, shared: Shared | None) -> AnswerCache | None:
@@ -135,6 +142,8 @@ def _lifespan(
         watching = [asyncio.create_task(watch_lag(gateway.metrics.event_loop_lag))]
         if gateway.memory.groups:
             watching.append(asyncio.create_task(watch_memory(gateway.memory, partial(allow, gateway))))
+        if gateway.watch is not None:
+            watching += map(asyncio.create_task, gateway.watch.loops())
         loading.add_done_callback(lambda task: _note_failure(gateway, task))
         if shared is not None:
             shared.start()
@@ -196,7 +205,7 @@ def _meet_workers(gateway: Gateway) -> None:
         metrics=gateway.metrics,
         learn=learn,
     )
-    gateway.metrics.watch(lambda: queue.depth, lambda: 0.0)
+    gateway.metrics.watch_queue(queue)
     queue.start()
     gateway.batcher = queue
     gateway.jobs = _open_jobs(gateway, queue)
@@ -226,7 +235,8 @@ async def _start_engine(gateway: Gateway, load: Callable[[Settings], Loaded]) ->
         max_queue_wait_ms=settings.max_queue_wait_ms,
         metrics=gateway.metrics,
     )
-    gateway.metrics.watch(lambda: batcher.depth, loaded.memory_bytes)
+    gateway.metrics.watch_queue(batcher)
+    gateway.metrics.watch_device(loaded.memory_bytes)
     batcher.start()
     gateway.batcher = batcher
     _serve(gateway, loaded)

@@ -115,6 +115,9 @@ class Batcher(Dispatcher):
         if coming and self._ended:
             self.abandon(NotReady("the engine has stopped"))
 
+    def _where(self, item: Item) -> str:
+        return "running" if item in self._running else "queue"
+
     def _forget(self, items: Iterable[Item]) -> None:
         forgotten = set(items)
         self._coming = [item for item in self._coming if item not in forgotten]
@@ -153,6 +156,17 @@ class Batcher(Dispatcher):
     @property
     def depth(self) -> int:
         return self._queue.depth + len(self._coming)
+
+    @property
+    def own_depth(self) -> int:
+        return self.depth
+
+    @property
+    def oldest_s(self) -> float:
+        with self._changed:
+            since = self._queue.oldest_since
+        since = min((item.enqueued_at for item in self._coming[:1]), default=None) if since is None else since
+        return 0.0 if since is None else time.monotonic() - since
 
     @property
     def alive(self) -> bool:
@@ -215,7 +229,15 @@ class Batcher(Dispatcher):
                 batch = self._queue.take(time.monotonic(), at_once=self._hurrying)
             self._running_since = time.monotonic()
             self._running = batch  # while the lock is held, so that `abandon` finds every item somewhere
+        if batch:
+            self._metrics.batches.labels(self._why(batch)).inc()
         return batch
+
+    def _why(self, batch: Sequence[Item]) -> str:
+        """The reason why `batch` has left the queue."""
+        if len(batch) >= self._queue.room(batch[0].key):
+            return "size"
+        return "drain" if self._hurrying else "delay"
 
     def _answer(self, batch: list[Item]) -> None:
         """Answer everybody: too late, or the outcome of a run; one by one, each as it ends, if the run fails."""

@@ -10,7 +10,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from service.errors import ClarifierError, ClientLeft, DeadlineExceeded, Overloaded
 from service.pace import Pace
@@ -49,7 +49,7 @@ class Dispatcher(ABC):
 
     def __init__(self, max_queue_size: int, max_queue_wait_ms: float) -> None:
         """A wait of 0 ms stands for any."""
-        self._max_queue_size = max_queue_size
+        self.max_queue_size = max_queue_size
         self._max_queue_wait_s = max_queue_wait_ms / 1000 or math.inf
         self._reserved = 0
 
@@ -59,8 +59,8 @@ class Dispatcher(ABC):
         """Raise Draining, NotReady or Overloaded if `count` new items would be refused now."""
         self._check_running()
         taken = self.depth + self._reserved
-        if taken + count > self._max_queue_size:
-            raise Overloaded(f"{taken} of {self._max_queue_size} places are taken", limit=self._max_queue_size)
+        if taken + count > self.max_queue_size:
+            raise Overloaded(f"{taken} of {self.max_queue_size} places are taken", limit=self.max_queue_size)
 
     @abstractmethod
     def check_in_time(self, key: Key, deadline: float) -> None:
@@ -101,7 +101,7 @@ class Dispatcher(ABC):
         At their deadline DeadlineExceeded, wherever they are then. A caller that is cancelled takes them out.
         """
         left_s = max(0.0, items[0].deadline - time.monotonic())
-        expiry = asyncio.get_running_loop().call_later(left_s, self._give_up, items, DeadlineExceeded)
+        expiry = asyncio.get_running_loop().call_later(left_s, self._give_up, items, lambda _: DeadlineExceeded())
         try:
             return [await item.future for item in items]
         except asyncio.CancelledError:
@@ -112,11 +112,11 @@ class Dispatcher(ABC):
 
     def withdraw(self, items: Sequence[Item]) -> None:
         """Forget `items`: their client has left, and whoever waits for them is told so."""
-        self._give_up(items, ClientLeft)
+        self._give_up(items, lambda item: ClientLeft(self._where(item)))
 
-    def _give_up(self, items: Sequence[Item], error: type[ClarifierError]) -> None:
+    def _give_up(self, items: Sequence[Item], error: Callable[[Item], ClarifierError]) -> None:
         unanswered = [item for item in items if item.future.cancelled() or not item.future.done()]
-        deliver([(item, error()) for item in unanswered])
+        deliver([(item, error(item)) for item in unanswered])
         self._forget(unanswered)
 
     def _refuse_if_late(
@@ -164,6 +164,16 @@ class Dispatcher(ABC):
 
     @property
     @abstractmethod
+    def own_depth(self) -> int:
+        """How many of them came by way of this process: over all of them a sum."""
+
+    @property
+    @abstractmethod
+    def oldest_s(self) -> float:
+        """How long the first of these has waited, in seconds; 0 if nobody does."""
+
+    @property
+    @abstractmethod
     def alive(self) -> bool:
         """Whether what answers still runs; once it has ended, only another process can help."""
 
@@ -187,6 +197,10 @@ class Dispatcher(ABC):
     @abstractmethod
     def _check_running(self) -> None:
         """Raise Draining or NotReady if nobody is let in now."""
+
+    @abstractmethod
+    def _where(self, item: Item) -> str:
+        """Where an unanswered `item` is, as `ClientLeft` says it."""
 
     @abstractmethod
     def _forget(self, items: Iterable[Item]) -> None:

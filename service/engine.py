@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from models.manifest import Manifest
+from models.stages import timed_stages
 from service.errors import ClarifierError, NotFinite
 from service.tokens import TokenBucket
 from service.work import Answer, Classified, Detected, EngineFault, Floats, Key, Operation, Pixels, Purified, Ran
@@ -131,14 +132,16 @@ class Engine:
         stage_ms = dict[str, float]()
         ran, degraded = self._choose(bundle, key, images)
         if _is_purified_apart(key):
-            purified = bundle.purify(key.defense, images, seed=seeds, ran=ran)
+            with timed_stages() as parts:
+                purified = bundle.purify(key.defense, images, seed=seeds, ran=ran)
             self._wait_for_device()
-            stage_ms["purify"] = 1000 * (time.monotonic() - started)
+            stage_ms |= {part: 1000 * seconds for part, seconds in parts.items()}
+            stage_ms["purify"] = 1000 * (time.monotonic() - started - sum(parts.values()))
             started = time.monotonic()
         match key.operation:
             case Operation.PURIFY:
                 assert purified is not None
-                return Ran(_distances(images, purified, degraded), stage_ms)
+                return Ran(_purified(images, purified, degraded), stage_ms)
             case Operation.DETECT:
                 outcomes = _detect(bundle, images)
             case Operation.CLASSIFY:
@@ -194,6 +197,7 @@ def _classify(
         if bundle.manifest.aid_threshold is not None:
             scores = _on_host(bundle.aid_score(images))
     judged = _pictures(images if purified is None else purified) if key.purified else None
+    distances = None if purified is None else _distances(images, purified)
     parts = zip(
         _finite(probabilities, bare, scores, judged),
         probabilities,
@@ -202,6 +206,7 @@ def _classify(
         ran or nothing,
         nothing if judged is None else judged,
         degraded,
+        nothing if distances is None else distances,
         strict=True,
     )
     return [Classified(*part) if finite else NotFinite() for finite, *part in parts]
@@ -215,12 +220,17 @@ def _detect(bundle: LoadedBundle, images: Tensor) -> list[Answer | ClarifierErro
     ]
 
 
-def _distances(images: Tensor, purified: Tensor, degraded: Sequence[bool]) -> list[Answer | ClarifierError]:
+def _purified(images: Tensor, purified: Tensor, degraded: Sequence[bool]) -> list[Answer | ClarifierError]:
     """The purified images on the host, each with its distance to what it was."""
-    distances = _on_host((purified - images).abs().flatten(1).amax(1))
     pictures = _pictures(purified)
-    parts = zip(_finite(pictures), pictures, distances.tolist(), degraded, strict=True)
+    parts = zip(_finite(pictures), pictures, _distances(images, purified), degraded, strict=True)
     return [Purified(*part) if finite else NotFinite() for finite, *part in parts]
+
+
+def _distances(images: Tensor, purified: Tensor) -> list[float]:
+    """(N, 3, H, W) twice: the L-infinity distance of each image to what it was."""
+    distances: list[float] = _on_host((purified - images).abs().flatten(1).amax(1)).tolist()
+    return distances
 
 
 def _pictures(images: Tensor) -> Floats:

@@ -260,6 +260,11 @@ class ClientLeft(ClarifierError):
 
     code, status, title = "client_left", 499, "the client left"
 
+    def __init__(self, where: str = "queue") -> None:
+        """`where` the image was then: `queue`, `running`, or `sent` to a worker, which may have begun."""
+        super().__init__()
+        self.where = where
+
 
 class InferenceFailed(ClarifierError):
     """The defense failed on this image. The others of its batch were answered."""

@@ -19,11 +19,11 @@ from service.memory import UNLIMITED, Memory
 from service.metrics import Metrics
 from service.repository import Catalog
 from service.settings import Settings
-from service.similarity import SimilarityWatch
 from service.uploads import ByteBudget
 
-if TYPE_CHECKING:  # it needs redis, which memory mode does not load
+if TYPE_CHECKING:  # the first needs redis, which memory mode does not load
     from service.jobs.board import Board
+    from service.watch.attack_watch import AttackWatch
 
 STALE_BEAT_S = 2.0
 """An engine with nothing to do that is silent for longer is not ready."""
@@ -42,7 +42,7 @@ class Gateway:
     """None while it is off."""
     access: Access | None = None
     """None if everybody may ask as often as they like."""
-    similarity: SimilarityWatch | None = None
+    watch: AttackWatch | None = None
     """None while nobody looks."""
     memory: Memory = UNLIMITED
     jobs: Board | None = None

@@ -37,7 +37,8 @@ class RequestMiddleware:
         self._books = Books(metrics)
         self._entropy = entropy
         self._max_active = max_active
-        self._active = 0
+        self._active = dict[int, Scope]()
+        metrics.watch_requests(lambda: [_route_of(scope) for scope in list(self._active.values())])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -50,6 +51,7 @@ class RequestMiddleware:
         async def watched_receive() -> Message:
             nonlocal unread
             message = await receive()
+            record.received += len(message.get("body", b""))
             unread = unread and bool(message.get("more_body"))
             return message
 
@@ -64,17 +66,22 @@ class RequestMiddleware:
         app: ASGIApp = self.app
         if _too_large(scope["headers"]):
             app = answer_of(HeadersTooLarge(), scope)
-        elif self._active >= self._max_active and scope["path"] not in PROBES:
+        elif len(self._active) >= self._max_active and scope["path"] not in PROBES:
             app = answer_of(TooBusy(), scope)
-        self._active += 1
+        self._active[id(scope)] = scope
         try:
             await app(scope, watched_receive, completed_send)
         finally:
-            self._active -= 1
+            del self._active[id(scope)]
             if record.status == 500 and not record.code:
                 record.code = "internal_server_error"
-            record.route = getattr(scope.get("route"), "path", "other")
+            record.route = _route_of(scope)
             self._books.enter(record)
+
+
+def _route_of(scope: Scope) -> str:
+    """Its pattern; `other` for what matches none, or none yet."""
+    return getattr(scope.get("route"), "path", "other")
 
 
 def _too_large(headers: Sequence[tuple[bytes, bytes]]) -> bool:

@@ -83,6 +83,12 @@ class BatchQueue:
         oldest = self._oldest()
         return None if oldest is None else max(0.0, oldest.enqueued_at + self._max_delay_s - now)
 
+    @property
+    def oldest_since(self) -> float | None:
+        """When the first of those who wait came; None when nobody waits."""
+        oldest = self._oldest()
+        return None if oldest is None else oldest.enqueued_at
+
     def is_full(self, key: Key) -> bool:
         """Whether a whole batch of `key` waits."""
         return len(self._groups.get(key, ())) >= self.room(key)

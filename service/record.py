@@ -30,7 +30,10 @@ class Record:
     status: int = 500
     code: str = ""
     """The problem's code, empty for a good answer."""
+    received: int = 0
+    """Bytes of the body, as far as it was read."""
     bytes: int = 0
+    """Of the images in it."""
     format: str = ""
     """Detected, not declared."""
     declared: str = ""

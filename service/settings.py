@@ -101,6 +101,8 @@ class Settings(BaseSettings):
     """Of each key, or of each address where there are no keys: `600/minute`."""
     similarity_limit: Annotated[int, Field(ge=0)] = 0
     """Near-duplicates of one image that a client may send before each further one is an alert; 0: nobody looks."""
+    shadow_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The share of answered images that are also run undefended and scored by AID, beside the requests, for metrics."""
 
     drain_delay_s: NonNegativeFloat = 0.0
     """After SIGTERM: not ready, but still accepting, until load balancers have noticed."""

@@ -57,6 +57,9 @@ class Classified:
     """The image (H, W, 3) in [0, 1] that was judged, where it was asked for."""
     degraded: bool = False
     """Whether `auto` ran its cheap chain in place of the strong one, which was asked for too often."""
+    linf: float | None = None
+    """The L-infinity distance of the image that was judged to the model input; None where votes were averaged, or
+    nothing purifies."""
 
 
 @dataclass(frozen=True, slots=True)

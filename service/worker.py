@@ -57,6 +57,7 @@ async def work(settings: Settings, load: Callable[[Settings], Loaded] = load_eng
         loop.add_signal_handler(number, end, number)
     asked = asyncio.Event()
     on_hangup(asked.set)
+    metrics.watch_readiness(lambda: "loading" if engine is None else engine.why_not_ready())
     probes = _probes(settings, metrics, lambda: engine)
     loaded = await load_noted(partial(load, settings), metrics)
     store = Store(settings.redis_address)

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
-from service.answering import watch_for_attacks
 from service.errors import (
     BodyTooLarge,
     ClarifierError,
@@ -132,7 +131,8 @@ async def _keep(question: Asked, request: Request, board: Board, progress: Progr
         for number, image in images
         if isinstance(image, Prepared)
     ]
-    watch_for_attacks(question.gateway, request, [each.pixels for each in inputs])
+    if question.gateway.watch is not None:
+        question.gateway.watch.note_queries(request.scope, [each.pixels for each in inputs])
     failed = [
         Answered(number, _problem(question, error), failed=True)
         for number, error in images

@@ -81,7 +81,7 @@ class RemoteEngine:
     async def run(self) -> None:
         """Until `draining` is set, or the engine ends by itself."""
         self._batcher.start()
-        self._metrics.watch(lambda: self._batcher.depth, self._loaded.memory_bytes)
+        self._metrics.watch_device(lambda: self._loaded.memory_bytes())
         self._metrics.note_bundles(self._loaded.catalog.digests, self._loaded.device)
         beside = [asyncio.create_task(self._forever("beat", self._beat)), asyncio.create_task(self._listen())]
         try:

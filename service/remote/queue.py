@@ -152,6 +152,11 @@ class RemoteQueue(Dispatcher):
                 self._unwanted.append((sent.digest, sent.entry))
                 self._wake.set()
 
+    def _where(self, item: Item) -> str:
+        uid = self._uids.get(item)
+        sent = None if uid is None else self._sent.get(uid)
+        return "queue" if sent is None or sent.entry is None else "sent"
+
     def _answer(self, sent: Sent, outcome: Outcome) -> None:
         self._uids.pop(sent.item, None)
         self._take_out(sent.uid)
@@ -184,7 +189,7 @@ class RemoteQueue(Dispatcher):
         ends = time.monotonic() + timeout_s
         while self._sent and self._problem is None and time.monotonic() < ends:
             await asyncio.sleep(0.01)
-        self._give_up([sent.item for sent in self._sent.values()], Draining)
+        self._give_up([sent.item for sent in self._sent.values()], lambda _: Draining())
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -205,6 +210,17 @@ class RemoteQueue(Dispatcher):
     @property
     def depth(self) -> int:
         return self._elsewhere + sum(map(len, self._unsent)) + sum(map(len, self._tried))
+
+    @property
+    def own_depth(self) -> int:
+        """Those that run are among them: only their worker knows."""
+        return len(self._sent)
+
+    @property
+    def oldest_s(self) -> float:
+        """Jobs wait for others, and are left out."""
+        since = next((sent.item.enqueued_at for sent in self._sent.values() if not sent.spare), None)
+        return 0.0 if since is None else time.monotonic() - since
 
     @property
     def alive(self) -> bool:
@@ -275,7 +291,7 @@ class RemoteQueue(Dispatcher):
             )
             for request in requests
         ]
-        added = await self._store.add(self.name, self._hand_over_number, packed, self._max_queue_size)
+        added = await self._store.add(self.name, self._hand_over_number, packed, self.max_queue_size)
         self._hand_over_number += 1
         self._tried = []
         for request, result in zip(requests, added, strict=True):
@@ -291,7 +307,7 @@ class RemoteQueue(Dispatcher):
         if entries is None:
             for sent in request:
                 self._answer(
-                    sent, Overloaded(f"{length} of {self._max_queue_size} places are taken", limit=self._max_queue_size)
+                    sent, Overloaded(f"{length} of {self.max_queue_size} places are taken", limit=self.max_queue_size)
                 )
             return
         self._elsewhere = length
@@ -343,7 +359,8 @@ class RemoteQueue(Dispatcher):
         self._run_id = run_id
         await self._roster.look()
         self._note_problem(None if self._roster.digests else "no worker is there")
-        self._elsewhere = await self._store.lengths(sorted(set(self._roster.digests.values())))
+        self._elsewhere, untaken = await self._store.lengths(sorted(set(self._roster.digests.values())))
+        self._metrics.queue_lag.set(untaken)
         await asyncio.sleep(BEAT_S)
 
     async def _has_lost_work(self) -> bool:

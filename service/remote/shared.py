@@ -26,6 +26,7 @@ from service.metrics import Metrics
 from service.rates import MemoryWindows, Windows
 from service.remote.store import CACHE, PROBE, RATE, UNREACHABLE
 from service.remote.wire import Malformed, pack_answer, unpack_answer
+from service.watch.families import Families
 from service.work import Answer
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,13 @@ class Shared:
     def cache(self, ttl_s: float) -> SharedCache:
         """Where answers are kept for `ttl_s` seconds."""
         return SharedCache(self, ttl_s)
+
+    @property
+    def families(self) -> Families:
+        """Where near-duplicates meet."""
+        from service.remote.families import SharedFamilies
+
+        return SharedFamilies(self)
 
     async def ask(self, op: str, command: Callable[[], Awaitable[T]]) -> T:
         """What `command` gets from Redis in time; raises Unshared, and counts an error under `op`."""

@@ -13,6 +13,8 @@ except for jobs, whose keys and functions are in `jobs/store.py`.
 | `clarifier:parked` | stream, bounded | which entries were given up because every worker that took them died |
 | `clarifier:rate:LIMIT` | list, expires | when the hits of a rate limit came, written by `limits` |
 | `clarifier:cache:SHA256` | string, expires | an answer that may come again |
+| `clarifier:families`, `clarifier:families:before` | hash, expires | who are near-duplicates, written by `families` |
+| `clarifier:families:salt` | string | the secret that makes their hashes |
 | `clarifier:probe` | string, expires | nothing: Redis takes writes if it takes this one |
 """
 
@@ -47,6 +49,9 @@ GROUP = "workers"
 RATE = "clarifier:rate"
 CACHE = "clarifier:cache:"
 PROBE = "clarifier:probe"
+FAMILIES = "clarifier:families"
+FAMILIES_BEFORE = "clarifier:families:before"
+FAMILIES_SALT = "clarifier:families:salt"
 
 COMMAND_TIMEOUT_S = 1.0
 """For Redis to answer what it need not wait for. No request waits for an error here: the loops of gateways and workers
@@ -242,12 +247,16 @@ class Store:
         text = await self._redis.get(BUNDLE + digest)
         return None if text is None else json.loads(text)
 
-    async def lengths(self, digests: Sequence[str]) -> int:
-        """How many entries wait or run for these bundles."""
+    async def lengths(self, digests: Sequence[str]) -> tuple[int, int]:
+        """How many entries wait or run for these bundles, and how many of them no worker has taken."""
         pipeline = self._redis.pipeline(transaction=False)
         for digest in digests:
             pipeline.xlen(WORK + digest)
-        return sum(await pipeline.execute())
+        for digest in digests:
+            pipeline.xpending(WORK + digest, GROUP)
+        found = await pipeline.execute()
+        length = sum(found[: len(digests)])
+        return length, max(0, length - sum(pending["pending"] for pending in found[len(digests) :]))
 
     # --- a worker's side
 

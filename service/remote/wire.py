@@ -112,7 +112,7 @@ def pack_reply(uid: str, outcome: Outcome) -> dict[bytes, bytes]:
     match outcome.answer:
         case Classified() as answer:
             head |= {"kind": "classified", "aid_score": answer.aid_score}
-            head |= {"ran": answer.ran, "degraded": answer.degraded}
+            head |= {"ran": answer.ran, "degraded": answer.degraded, "linf": answer.linf}
             return _pack(
                 head, probabilities=answer.probabilities, undefended=answer.undefended, purified=answer.purified
             )
@@ -177,6 +177,7 @@ def fits(answer: Answer, key: Key, manifest: Manifest) -> bool:
                 and (answer.aid_score is None or 0 <= answer.aid_score <= 1)
                 and (answer.ran is None or _is_defense(answer.ran, manifest))
                 and (not answer.degraded or _is_cheap(answer.ran, key, manifest))
+                and (answer.linf is None or 0 <= answer.linf <= 1 + ROUNDING)
             )
         case Purified(image, linf, degraded):
             return (
@@ -211,7 +212,7 @@ def _is_cheap(chain: str | None, key: Key, manifest: Manifest) -> bool:
 def _answer(head: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Answer:
     match head["kind"]:
         case "classified":
-            score, ran = head["aid_score"], head["ran"]
+            score, ran, linf = head["aid_score"], head["ran"], head.get("linf")
             return Classified(
                 arrays["probabilities"],
                 arrays.get("undefended"),
@@ -219,6 +220,7 @@ def _answer(head: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Answ
                 None if ran is None else _text(ran),
                 arrays.get("purified"),
                 _truth(head["degraded"]),
+                None if linf is None else _finite(linf),
             )
         case "purified":
             return Purified(arrays["image"], _finite(head["linf"]), _truth(head["degraded"]))

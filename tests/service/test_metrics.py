@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 import re
+import tomllib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +31,9 @@ CONTRACT = {
     "bundle_load_seconds", "bundle_last_load_success",
     "auto_degraded_total", "query_similarity_alerts_total", "event_loop_lag_seconds",
     "jobs", "job_images_total",
+    "requests_in_progress", "request_size_bytes", "batches_total", "queue_capacity", "queue_oldest_seconds",
+    "queue_lag", "queue_wait_seconds", "ready", "build_info", "purification_linf", "compared_total",
+    "shadowed_total", "near_duplicates_total", "similarity_skipped_total",
 }  # fmt: skip
 
 
@@ -58,6 +64,10 @@ def test_a_good_answer_is_counted_with_its_stages(start: Callable[..., Running])
         for stage in ("decode", "queue", "classify", "purify", "encode")
     }
     assert counts == {"decode": 2, "queue": 2, "classify": 1, "purify": 2, "encode": 1}
+    assert server.metric("clarifier_request_size_bytes_sum", route="/purify") == len(GOOD)
+    assert server.metric("clarifier_purification_linf_count", defense="aid") == 2
+    assert server.metric("clarifier_queue_wait_seconds_count") == 2
+    assert server.metric("clarifier_batches_total", reason="delay") == 2
     assert server.metric("clarifier_batch_size_count") == 2
     assert server.metric("clarifier_batch_size_sum") == 2
     assert server.metric("clarifier_model_info", model="colors@1", digest="d" * 64, device="cpu") == 1
@@ -117,6 +127,7 @@ def test_answers_feed_the_attack_watch() -> None:
     assert value("clarifier_predictions_total", {"model": "m@1", "label": "cat"}) == 2
     assert value("clarifier_predictions_total", {"model": "m@1", "label": "dog"}) == 1
     assert value("clarifier_flips_total", {"model": "m@1", "defense": "atop"}) == 1
+    assert value("clarifier_compared_total", {"model": "m@1", "defense": "atop"}) == 2
     assert value("clarifier_suspicious_total", {"model": "m@1"}) == 2
     assert value("clarifier_aid_score_count") == 3
 
@@ -143,3 +154,43 @@ def test_a_model_of_many_classes_does_not_make_many_series() -> None:
 @pytest.mark.parametrize(("defense", "label"), [("atop", "atop"), ("atop:rt1", "atop:rt1"), ("a,b", "chain")])
 def test_chains_share_a_label(defense: str, label: str) -> None:
     assert defense_label(defense) == label
+
+
+def test_what_waits_and_since_when_is_on_the_page(start: Callable[..., Running]) -> None:
+    server = start(max_batch_size=1, max_queue_size=5)
+    assert server.metric("clarifier_queue_oldest_seconds") == 0
+    server.bundle.gate.clear()
+    with ThreadPoolExecutor(3) as clients:
+        answers = [clients.submit(server.client.post, "/classify", content=GOOD) for _ in range(3)]
+        until(lambda: server.metric("clarifier_queue_depth") == 2)
+        until(lambda: server.metric("clarifier_queue_oldest_seconds") > 0.1)
+        assert server.metric("clarifier_queue_capacity") == 5
+        assert server.metric("clarifier_requests_in_progress", route="/classify") == 3
+        server.bundle.gate.set()
+        assert {answer.result().status_code for answer in answers} == {200}
+    until(lambda: server.metric("clarifier_requests_in_progress", route="/classify") == 0)
+    assert server.metric("clarifier_queue_oldest_seconds") == 0
+    assert server.metric("clarifier_batches_total", reason="size") == 3
+    assert server.metric("clarifier_queue_wait_seconds_sum") > 0.2
+
+
+def test_an_image_that_waited_in_vain_has_waited_until_its_deadline(start: Callable[..., Running]) -> None:
+    server = start()
+    server.bundle.gate.clear()
+    response = server.client.post("/classify", content=GOOD, headers={"x-request-timeout-ms": "150"})
+    assert response.status_code == 504
+    assert 0.05 < server.metric("clarifier_queue_wait_seconds_sum") <= 0.15
+
+
+def test_ready_is_what_the_probe_says(start: Callable[..., Running]) -> None:
+    server = start()
+    assert server.metric("clarifier_ready") == 1
+    server.gateway.draining = True
+    assert server.client.get("/readyz").status_code == 503
+    assert server.metric("clarifier_ready") == 0
+
+
+def test_the_version_is_that_of_the_package(service: Running) -> None:
+    declared = tomllib.loads((README.parents[1] / "pyproject.toml").read_text())["project"]["version"]
+    running = {"version": declared, "python": platform.python_version()}
+    assert service.metric("clarifier_build_info", **running) == 1

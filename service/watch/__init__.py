@@ -1,0 +1,1 @@
+"""The attack watch: what traffic says about attacks, found out beside the answers."""
