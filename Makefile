@@ -2,11 +2,11 @@
 
 BIN := .venv/bin
 
-.PHONY: help setup serve test check format bench lock
+.PHONY: help setup serve test check format bench dashboards lock
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.installed  ## create .venv with everything pinned; instant when nothing changed
 	@:
@@ -34,6 +34,9 @@ format: setup  ## format the code and sort its imports
 
 bench: setup  ## run the benchmarks, each printing ratios measured in one run
 	$(BIN)/python -m benchmarks
+
+dashboards: setup  ## write Grafana's dashboards from monitoring/dashboards.py
+	$(BIN)/python -m monitoring.dashboards
 
 lock: setup  ## pin what pyproject.toml asks for; ARGS=--upgrade takes the newest
 	scripts/lock $(ARGS)

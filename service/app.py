@@ -255,4 +255,4 @@ async def _start_engine(gateway: Gateway, load: Callable[[Settings], Loaded]) ->
 def _serve(gateway: Gateway, loaded: Loaded) -> None:
     """Requests that come from now on are for these bundles."""
     gateway.catalog = loaded.catalog
-    gateway.metrics.note_bundles(loaded.catalog.digests, loaded.device)
+    gateway.metrics.note_bundles(loaded.catalog.digests, loaded.devices)

@@ -51,6 +51,7 @@ class Batcher(Dispatcher):
         self._run_batch = run_batch
         self._engine_name = engine_name
         self._metrics = metrics
+        metrics.expect_errors(engine_name)
         self._queue = BatchQueue(max_batch_size, max_queue_delay_ms / 1000)
         self._coming: list[Item] = []
         """Admitted in this turn of the event loop, whose thread alone uses it."""
@@ -265,7 +266,7 @@ class Batcher(Dispatcher):
         with self._changed:
             self._pace.note(batch[0].key, len(batch), seconds)
         inference_ms = 1000 * seconds
-        self._metrics.batch_size.observe(len(batch))
+        self._metrics.count_batch(batch[0].key, len(batch), seconds, ran.stage_ms)
         for outcome in ran.outcomes:
             if isinstance(outcome, NotFinite):
                 self._metrics.engine_errors.labels(self._engine_name, "nan").inc()

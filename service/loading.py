@@ -50,6 +50,11 @@ class Loaded:
     settle: Callable[[], None] = lambda: None
     """Let the engine forget all bundles but those of this catalog."""
 
+    @property
+    def devices(self) -> dict[str, list[str]]:
+        """Where each bundle is."""
+        return dict.fromkeys(self.catalog.digests, [self.device])
+
 
 class Host(Protocol[B_contra]):
     """What runs bundles: `service.engine.Engine`."""

@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 from service import __version__
 from service.dispatch import Dispatcher
 from service.record import Record
-from service.work import Classified, Detected, Purified, is_degraded
+from service.work import Classified, Detected, Key, Operation, Purified, is_degraded
 
 M = TypeVar("M", Counter, Histogram)
 
@@ -26,7 +26,14 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 128)
 BYTES = tuple(4**power for power in range(5, 15))
 """1 KiB to 256 MiB."""
 DISTANCES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1)
+ERROR_KINDS = ("oom", "cuda", "nan", "other")
+"""Of every engine."""
 SCORES = tuple(tenth / 10 for tenth in range(1, 11))
+CACHE_RESULTS = ("hit", "miss", "skip")
+REDIS_OPS = (
+    "watch", "send", "receive", "jobs", "take", "beat", "gone", "finish", "end",
+    "limit", "find", "keep", "similar", "look", "malformed",
+)  # fmt: skip
 MAX_LABELLED_CLASSES = 100
 """Models with more classes count their predictions under `other`."""
 
@@ -79,10 +86,17 @@ class Metrics:
             "query_similarity_alerts", "Images that are near-duplicates of too many before them.", ()
         )
         self.engine_errors = self._counter("engine_errors", "Failed batches and answers.", ("engine", "kind"))
+        self.engine_seconds = self._counter("engine_seconds", "That batches ran.", ("defense",))
+        self.engine_images = self._counter("engine_images", "Images of these.", ("defense",))
+        self.cost_seconds = self._counter(
+            "cost_seconds", "Of plain classifications: what the defense took, and the classifier.", ("defense", "part")
+        )
         self.ready = self._gauge("ready", "1 while /readyz says so.")
         self.device_memory = self._gauge("device_memory_bytes", "Allocated on the accelerator; 0 on a CPU.")
         self.redis_up = self._gauge("redis_up", "1 while Redis answers.")
         self.redis_errors = self._counter("redis_errors", "What failed with Redis.", ("op",))
+        _begin(self.cache_requests, CACHE_RESULTS)
+        _begin(self.redis_errors, REDIS_OPS)
         self.jobs = self._gauge("jobs", "Jobs that are not done.")
         self.job_images = self._counter("job_images", "Images of jobs that were answered here.", ("outcome",))
         self.model_info = self._gauge("model_info", "1 for each loaded bundle.", ("model", "digest", "device"))
@@ -125,11 +139,30 @@ class Metrics:
         """`routes` gives that of each request in progress, whenever the page is asked for."""
         self.registry.register(_InProgress(routes))
 
-    def note_bundles(self, digests: Mapping[str, str], device: str) -> None:
-        """These are served from now on, by `name@version`, and no others."""
+    def note_bundles(self, digests: Mapping[str, str], devices: Mapping[str, Iterable[str]]) -> None:
+        """These are served from now on, by `name@version`, each on its devices, and no others."""
         self.model_info.clear()
         for name, digest in digests.items():
-            self.model_info.labels(name, digest, device).set(1)
+            for device in devices[name]:
+                self.model_info.labels(name, digest, device).set(1)
+            for counter in (self.suspicious, self.auto_degraded):
+                counter.labels(name)  # or its first rise would go unseen
+
+    def expect_errors(self, engine: str) -> None:
+        """None has happened in this engine."""
+        for kind in ERROR_KINDS:
+            self.engine_errors.labels(engine, kind)
+
+    def count_batch(self, key: Key, images: int, seconds: float, stage_ms: Mapping[str, float]) -> None:
+        """A batch of `key` has run for so long."""
+        defense = defense_label(key.defense)
+        self.batch_size.observe(images)
+        _series(self.engine_seconds, defense).inc(seconds)
+        _series(self.engine_images, defense).inc(images)
+        if key.operation is Operation.CLASSIFY and key.votes == 1 and not key.explain and "purify" in stage_ms:
+            spent = sum(stage_ms.get(stage, 0.0) for stage in ("transform", "purify"))
+            _series(self.cost_seconds, defense, "defense").inc(spent / 1000)
+            _series(self.cost_seconds, defense, "classifier").inc(stage_ms["classify"] / 1000)
 
     def count_request(self, record: Record) -> None:
         """A request has been answered, or its client has left."""
@@ -204,6 +237,12 @@ class _InProgress(Collector):
         for route in sorted(self._known):
             family.add_metric([route], counts[route])
         yield family
+
+
+def _begin(counter: Counter, labels: Iterable[str]) -> None:
+    """Show zeros: a rise from nothing to one goes unseen."""
+    for label in labels:
+        counter.labels(label)
 
 
 @cache

@@ -82,7 +82,7 @@ class RemoteEngine:
         """Until `draining` is set, or the engine ends by itself."""
         self._batcher.start()
         self._metrics.watch_device(lambda: self._loaded.memory_bytes())
-        self._metrics.note_bundles(self._loaded.catalog.digests, self._loaded.device)
+        self._metrics.note_bundles(self._loaded.catalog.digests, self._loaded.devices)
         beside = [asyncio.create_task(self._forever("beat", self._beat)), asyncio.create_task(self._listen())]
         try:
             while not self.draining and self._batcher.alive:
@@ -105,7 +105,7 @@ class RemoteEngine:
         new = _by_digest(loaded.catalog)
         async with self._turning:  # the next turn prepares
             self._loaded, self._bundles, self._prepared = loaded, self._bundles | new, False
-        self._metrics.note_bundles(loaded.catalog.digests, loaded.device)
+        self._metrics.note_bundles(loaded.catalog.digests, loaded.devices)
         await asyncio.sleep(LEARN_S + self._settings.request_timeout_ms / 1000)
         async with self._turning:
             self._bundles = new

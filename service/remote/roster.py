@@ -61,10 +61,8 @@ class Roster:
         described = {name: bundle.digest for name, bundle in bundles.items()}
         if described == self.digests:  # what cannot be served now could not be before
             return
-        self._metrics.model_info.clear()
-        for name, bundle in bundles.items():
-            for device in {says.device for says in roster.values() if name in says.bundles}:
-                self._metrics.model_info.labels(name, bundle.digest, device).set(1)
+        devices = {name: {says.device for says in roster.values() if name in says.bundles} for name in bundles}
+        self._metrics.note_bundles(described, devices)
         self.digests = described
         self._learn(Catalog(bundles))
         logger.info("served by %d workers: %s", len(roster), ", ".join(bundles) or "nothing")

@@ -25,15 +25,13 @@ README = Path(__file__).parents[2] / "service" / "README.md"
 CONTRACT = {
     "requests_total", "request_duration_seconds", "stage_duration_seconds", "batch_size", "queue_depth",
     "rejected_total", "aid_score", "suspicious_total", "flips_total", "predictions_total",
-    "engine_errors_total", "device_memory_bytes", "model_info", "mislabeled_total",
-    "redis_up", "redis_errors_total",
-    "cache_requests_total", "accepted_total", "answered_total", "cancelled_total",
-    "bundle_load_seconds", "bundle_last_load_success",
-    "auto_degraded_total", "query_similarity_alerts_total", "event_loop_lag_seconds",
-    "jobs", "job_images_total",
-    "requests_in_progress", "request_size_bytes", "batches_total", "queue_capacity", "queue_oldest_seconds",
-    "queue_lag", "queue_wait_seconds", "ready", "build_info", "purification_linf", "compared_total",
-    "shadowed_total", "near_duplicates_total", "similarity_skipped_total",
+    "engine_errors_total", "device_memory_bytes", "model_info", "mislabeled_total", "redis_up",
+    "redis_errors_total", "cache_requests_total", "accepted_total", "answered_total", "cancelled_total",
+    "bundle_load_seconds", "bundle_last_load_success", "auto_degraded_total", "query_similarity_alerts_total",
+    "event_loop_lag_seconds", "jobs", "job_images_total", "requests_in_progress", "request_size_bytes",
+    "batches_total", "queue_capacity", "queue_oldest_seconds", "queue_lag", "queue_wait_seconds", "ready",
+    "build_info", "purification_linf", "compared_total", "engine_seconds_total", "engine_images_total",
+    "cost_seconds_total", "shadowed_total", "near_duplicates_total", "similarity_skipped_total",
 }  # fmt: skip
 
 
@@ -68,6 +66,12 @@ def test_a_good_answer_is_counted_with_its_stages(start: Callable[..., Running])
     assert server.metric("clarifier_purification_linf_count", defense="aid") == 2
     assert server.metric("clarifier_queue_wait_seconds_count") == 2
     assert server.metric("clarifier_batches_total", reason="delay") == 2
+    assert server.metric("clarifier_engine_images_total", defense="aid") == 2
+    assert server.metric("clarifier_engine_seconds_total", defense="aid") > 0
+    parts = [
+        server.metric("clarifier_cost_seconds_total", defense="aid", part=part) for part in ("defense", "classifier")
+    ]
+    assert all(0 < seconds < 1 for seconds in parts)  # of the classification alone: the other was not classified
     assert server.metric("clarifier_batch_size_count") == 2
     assert server.metric("clarifier_batch_size_sum") == 2
     assert server.metric("clarifier_model_info", model="colors@1", digest="d" * 64, device="cpu") == 1
