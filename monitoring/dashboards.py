@@ -100,7 +100,7 @@ SERVICE = Dashboard(
                     "Refused, by reason",
                     [Query(rate("clarifier_rejected_total", "reason"), "{{reason}}")],
                     unit="reqps",
-                    text="Requests, and images of batches, that were refused or given up; failures of the engine are apart.",
+                    text="Requests, and images of batches, that were refused or given up. Engines' failures are apart.",
                 ),
             ],
         ),
@@ -325,8 +325,8 @@ BATCHES = Dashboard(
 ATTACK_WATCH = Dashboard(
     "clarifier-attack-watch",
     "Clarifier: Attack watch",
-    "What traffic says about attacks. Scores and flips are of images whose client asked for them, and of the sample that "
-    "CLARIFIER_SHADOW_RATE sets.",
+    "What traffic says about attacks. Scores and flips are of images whose client asked for them, and of a sample of "
+    "the others: CLARIFIER_SHADOW_RATE.",
     [
         (
             "Scores",

@@ -7,18 +7,16 @@ from functools import partial
 
 from fastapi import Request
 
+from models.manifest import Manifest
 from service.cache import AnswerCache, answer_keys
 from service.departure import WhenGone
 from service.errors import ClarifierError, ClientLeft, DeadlineExceeded
 from service.parameters import ModelParameters
-from service.questions import Prepared, Question, in_thread
+from service.questions import QUICK_HASH_BYTES, Prepared, Question, in_thread
 from service.queue import Completed, Outcome
 from service.record import Record
 from service.remote.wire import fits
-from service.work import Answer, Pixels, is_degraded
-
-QUICK_HASH_BYTES = 64 * 1024
-"""Pixels that are hashed at once: the way to a thread and back would take longer."""
+from service.work import Answer, Classified, Pixels, Purified, is_degraded
 
 
 async def answer(question: Question[ModelParameters], request: Request, prepared: Prepared, seed: int) -> Completed:
@@ -53,9 +51,18 @@ async def answer_all(
     for outcome in outcomes:
         if isinstance(outcome, Completed):
             metrics.count_answer(question.record, outcome.answer, manifest.classes, manifest.aid_threshold)
+    if len(outcomes) == 1 and isinstance(outcomes[0], Completed):
+        _note_verdict(question.record, outcomes[0].answer, manifest)
     if watch is not None:
         watch.note_outcomes(question.key, pixels, outcomes)
     return outcomes
+
+
+def _note_verdict(record: Record, answer: Answer, manifest: Manifest) -> None:
+    if isinstance(answer, Classified):
+        record.label = manifest.classes[int(answer.probabilities.argmax())]
+    if not isinstance(answer, Purified) and answer.aid_score is not None and manifest.aid_threshold is not None:
+        record.suspicious = answer.aid_score < manifest.aid_threshold
 
 
 async def _find_or_run(

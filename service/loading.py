@@ -53,7 +53,7 @@ class Loaded:
     @property
     def devices(self) -> dict[str, list[str]]:
         """Where each bundle is."""
-        return dict.fromkeys(self.catalog.digests, [self.device])
+        return {name: [self.device] for name in self.catalog.digests}
 
 
 class Host(Protocol[B_contra]):

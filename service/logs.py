@@ -77,9 +77,14 @@ def log_request(record: Record) -> None:
         "format": record.format,
         "width": record.width,
         "height": record.height,
+        "sha256": record.sha256,
+        "label": record.label,
+        "suspicious": record.suspicious,
     }
     line = logging.LogRecord(requests.name, level, __file__, 0, "request", (), None)  # `log` would look for its caller
-    line.fields = {name: value for name, value in fields.items() if value not in ("", 0)}
+    line.fields = {
+        name: value for name, value in fields.items() if value is not None and value != "" and (value or value is False)
+    }
     requests.handle(line)
 
 

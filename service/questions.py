@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import Generic, ParamSpec, TypeVar
 
 from fastapi import Request
@@ -39,6 +40,8 @@ from service.work import Key, Operation
 FRESH_SEED_BITS = 53
 """Of seeds that we draw, so that JSON clients that count in doubles can send them back."""
 SLOW_DEFENSES = frozenset({"aid", "zeropur", "auto"})
+QUICK_HASH_BYTES = 64 * 1024
+"""That are hashed at once: the way to a thread and back would take longer."""
 MAX_SLOW_VOTES = 8
 """Of chains with a slow defense: 64 draws would keep the engine from everybody else for minutes."""
 
@@ -250,14 +253,21 @@ async def decode(question: Question[ModelParameters], data: bytes, *, alone: boo
     """
     started = time.monotonic()
     size, limit = question.manifest.input_size, question.gateway.settings.max_image_pixels
+    record = question.record
     decoded = decode_if_quick(data, size, limit) if alone else None
+    if alone:
+        is_quick = len(data) <= QUICK_HASH_BYTES
+        record.sha256 = _short_hash(data) if is_quick else await in_thread(question, _short_hash, data)
     if decoded is None:
         decoded = await in_thread(question, decode_image, data, size, limit, question.gateway.memory)
     decode_ms = 1000 * (time.monotonic() - started)
-    record = question.record
     record.time("decode", decode_ms)
     record.format, record.width, record.height = decoded.format, decoded.width, decoded.height
     return Prepared(decoded, decode_ms)
+
+
+def _short_hash(data: bytes) -> str:
+    return sha256(data).hexdigest()[:16]
 
 
 async def decode_all(

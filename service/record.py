@@ -40,6 +40,12 @@ class Record:
     """The client's word for it: neither believed nor logged, only compared."""
     width: int = 0
     height: int = 0
+    sha256: str = ""
+    """Of a lone image's file: the first 16 hexadecimal digits."""
+    label: str = ""
+    """The verdict on a lone image."""
+    suspicious: bool | None = None
+    """Whether AID finds a lone image unnatural; None where it was not asked."""
     digest: str = ""
     timing_ms: dict[str, float] = field(default_factory=dict)
     _ended: float | None = None

@@ -31,6 +31,10 @@ COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 OURS = [name for name, service in SERVICES.items() if "build" in service]
 SERVING = [name for name in OURS if "environment" in SERVICES[name]]
+MOUNTED = [
+    volume.split(":")[:2] for service in SERVICES.values() for volume in service.get("volumes", ()) if volume[0] == "."
+]
+"""Files of ours, and where they are in a container."""
 PASSWORDS = "/run/clarifier"
 
 
@@ -79,15 +83,21 @@ def test_nothing_is_floating_writable_or_boundless(name: str) -> None:
     assert "container_name" not in service
 
 
-def test_only_the_gateway_is_reached_and_only_from_this_machine() -> None:
+@pytest.mark.parametrize(("ours", "there"), MOUNTED)
+def test_what_is_mounted_is_there(ours: str, there: str) -> None:
+    assert (ROOT / ours).is_dir()
+    assert there.startswith("/etc/")
+
+
+def test_only_the_gateway_and_the_dashboards_are_reached_and_only_from_this_machine() -> None:
     published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
-    assert published == {"gateway": [f"127.0.0.1:8000:{said('cpu', 'EXPOSE')[0]}"]}
+    assert published == {"gateway": [f"127.0.0.1:8000:{said('cpu', 'EXPOSE')[0]}"], "grafana": ["127.0.0.1:3000:3000"]}
     assert COMPOSE["networks"]["inside"]["internal"]
 
 
 def test_without_a_profile_everything_starts_that_others_wait_for() -> None:
     at_once = {name for name, service in SERVICES.items() if "profiles" not in service}
-    assert at_once == {"gateway", "worker", "redis", "passwords"}
+    assert at_once == {"gateway", "worker", "redis", "passwords", "prometheus", "grafana"}
     assert all(set(service.get("depends_on", {})) <= at_once for service in SERVICES.values())
 
 
@@ -123,6 +133,16 @@ class Site:
     redis_port: int
     stack: ExitStack
 
+    @classmethod
+    def started(cls, folder: Path, stack: ExitStack) -> Site:
+        """With passwords that were drawn, and a Redis that begins."""
+        draw(folder)
+        site = cls(folder, own_redis.free_port(), stack)
+        line = [site.here(word) for word in SERVICES["redis"]["command"]]
+        line[2:2] = ["--port", str(site.redis_port), "--bind", "127.0.0.1", "--dir", str(folder)]
+        site.start(line)
+        return site
+
     def here(self, text: str) -> str:
         return text.replace("redis://redis:6379", f"redis://127.0.0.1:{self.redis_port}").replace(
             PASSWORDS, str(self.folder)
@@ -156,12 +176,8 @@ def site(tmp_path: Path) -> Iterator[Site]:
     """Its Redis runs."""
     if not own_redis.is_installed():
         pytest.skip(own_redis.MISSING)
-    draw(tmp_path)
     with ExitStack() as stack:
-        started = Site(tmp_path, own_redis.free_port(), stack)
-        line = [started.here(word) for word in SERVICES["redis"]["command"]]
-        line[2:2] = ["--port", str(started.redis_port), "--bind", "127.0.0.1", "--dir", str(tmp_path)]
-        started.start(line)
+        started = Site.started(tmp_path, stack)
         until(lambda: is_up(started.redis_port))
         yield started
 

@@ -18,6 +18,10 @@ if TYPE_CHECKING:  # which has one of these
     from service.gateway import Gateway
 
 
+NO_KEY = "(none)"
+"""No key is called so."""
+
+
 class AttackWatch:
     """What of it is on; `run` each of its `loops`."""
 
@@ -36,7 +40,7 @@ class AttackWatch:
             return
         who, key = owner_of(scope), key_of(scope)
         for image in images:
-            self._similarity.note(Query(who, "" if key is None else key.name, image))
+            self._similarity.note(Query(who, NO_KEY if key is None else key.name, image))
 
     def note_outcomes(self, key: Key, images: Sequence[Pixels], outcomes: Sequence[Outcome]) -> None:
         """They were asked `key`, and this became of them."""

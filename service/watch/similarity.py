@@ -31,7 +31,7 @@ class Query:
     who: str
     """Key or address: images of different ones are never compared."""
     key: str
-    """The name of the key; empty where there are none."""
+    """The name of the key, for metrics."""
     image: Pixels | Floats
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from service.entropy import Entropy
 from service.logs import JsonFormatter, TextFormatter, log_request
 from service.record import new_record
+from tests.service.conftest import Running, until
+from tests.service.fakes import encoded, green, png
 
 
 def record(message: str, **fields: object) -> logging.LogRecord:
@@ -70,3 +75,25 @@ def test_a_requests_line_costs_nothing_where_nobody_reads_it(caplog: pytest.LogC
     caplog.set_level("ERROR", "service.requests")
     log_request(new_record("id", Entropy()))
     assert not caplog.records
+
+
+def test_the_line_of_an_image_says_what_it_was_and_what_was_said_of_it(
+    start: Callable[..., Running], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "service.requests")
+    server, image = start(), png(green())
+    server.client.post("/classify?explain=true", content=image)
+    server.client.post("/classify", content=image)
+    server.client.post("/classify", content=encoded(np.tile(green(), (40, 40, 1)), "PNG", compress_level=0))
+    server.client.post("/purify", content=image)
+    until(lambda: len(_lines(caplog)) == 4)
+    explained, plain, large, purified = _lines(caplog)
+    digest = hashlib.sha256(image).hexdigest()[:16]
+    assert [line["sha256"] == digest for line in (explained, plain, large, purified)] == [True, True, False, True]
+    assert len(str(large["sha256"])) == 16
+    assert [line.get("label") for line in (explained, plain, purified)] == ["green", "green", None]
+    assert [line.get("suspicious") for line in (explained, plain, purified)] == [True, None, None]
+
+
+def _lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
+    return [record.__dict__["fields"] for record in caplog.records if record.name == "service.requests"]

@@ -135,5 +135,5 @@ def test_row_84_an_attack_by_way_of_two_gateways_is_one(farm: Farm) -> None:
         def count(name: str, **labels: str) -> float:
             return sum(gateway.metric(f"clarifier_{name}_total", **labels) for gateway in gateways)
 
-        until(lambda: count("near_duplicates", key="") >= 20)
+        until(lambda: count("near_duplicates", key="(none)") >= 20)
         until(lambda: count("query_similarity_alerts") > 10)

@@ -142,7 +142,7 @@ def test_row_84_alerts_are_counted_and_logged_once_for_each_image(
     server = start(similarity_limit=10)
     for query in square_attack(scene(1, 8), 40):
         assert server.client.post("/classify?defense=none", content=png(query)).status_code == 200
-    until(lambda: server.metric("clarifier_near_duplicates_total", key="") >= 20)
+    until(lambda: server.metric("clarifier_near_duplicates_total", key="(none)") >= 20)
     until(lambda: server.metric("clarifier_query_similarity_alerts_total") > 10)
     assert server.metric("clarifier_query_similarity_alerts_total") <= 30
     assert server.metric("clarifier_similarity_skipped_total") == 0
