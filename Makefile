@@ -2,7 +2,7 @@
 
 BIN := .venv/bin
 
-.PHONY: help setup serve test check format bench dashboards lock
+.PHONY: help setup serve test check format bench monitoring lock
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -35,8 +35,9 @@ format: setup  ## format the code and sort its imports
 bench: setup  ## run the benchmarks, each printing ratios measured in one run
 	$(BIN)/python -m benchmarks
 
-dashboards: setup  ## write Grafana's dashboards from monitoring/dashboards.py
+monitoring: setup  ## write Grafana's dashboards, and the rules as Kubernetes reads them
 	$(BIN)/python -m monitoring.dashboards
+	$(BIN)/python -m monitoring.prometheus_rule
 
 lock: setup  ## pin what pyproject.toml asks for; ARGS=--upgrade takes the newest
 	scripts/lock $(ARGS)

@@ -1,7 +1,7 @@
 """`python -m monitoring.dashboards`: writes `grafana/dashboards/*.json`, which Grafana reads.
 
 A dashboard is a list of rows of panels, and a panel its title, its queries and what is particular about it. Change it
-here, run `make dashboards`, and commit what it writes.
+here, run `make monitoring`, and commit what it writes.
 """
 
 from __future__ import annotations

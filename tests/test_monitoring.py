@@ -49,6 +49,13 @@ PANELS = [
 ]
 
 
+SCALING = [
+    (f"{scaled['metadata']['name']}: {trigger['name']}", trigger["metadata"]["query"])
+    for scaled in yaml.safe_load_all((ROOT / "k8s/overlays/keda/scaledobjects.yaml").read_text())
+    for trigger in scaled["spec"]["triggers"]
+]
+
+
 def promtool(*words: str) -> str:
     done = subprocess.run(["promtool", *words], cwd=CONFIGURATION, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -116,6 +123,7 @@ def test_every_name_is_a_metric_of_ours_or_a_rule() -> None:
     known |= {f"{name}_{part}" for name in known for part in ("bucket", "sum", "count")} | {"up"}
     known |= {"clarifier_requests_in_progress"}  # of the application
     expressions = [rule["expr"] for rule in RECORDED + ALERTS] + [expr for _, expr, _ in PANELS]
+    expressions += [query for _, query in SCALING]
     used = {name for expr in expressions for name, _ in METRIC.findall(expr) if not name.startswith("process_")}
     assert used <= known
 
@@ -201,6 +209,14 @@ def test_each_panel_shows_something_under_its_legend(seen: Prometheus, panel: st
     for sample in seen.ask(chosen(expr)):
         assert wanted <= sample["metric"].keys(), panel
         assert sample["value"][1] != "NaN"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("trigger", "query"), SCALING, ids=[trigger for trigger, _ in SCALING])
+def test_what_replicas_are_scaled_by_is_one_number(seen: Prometheus, trigger: str, query: str) -> None:
+    until(answers(seen, query), 120)
+    (sample,) = seen.ask(query)
+    assert float(sample["value"][1]) >= 0, trigger
 
 
 @pytest.mark.slow
