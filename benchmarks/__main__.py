@@ -10,7 +10,7 @@ from pathlib import Path
 
 from training.provenance import git_commit, hardware, library_versions
 
-BENCHMARKS = ("zeropur", "throughput", "overload", "workers", "jobs", "peers", "chaos", "rolling", "soak")
+BENCHMARKS = ("zeropur", "throughput", "overload", "workers", "jobs", "peers", "chaos", "rolling", "soak", "rehearsal")
 RESULTS = Path(__file__).parent / "results"
 
 

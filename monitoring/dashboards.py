@@ -340,9 +340,11 @@ ATTACK_WATCH = Dashboard(
                 Panel(
                     "Suspicious",
                     [
-                        Query("clarifier:suspicious:ratio2m", "now"),
-                        Query("clarifier:suspicious:baseline1d", BASELINE),
-                        Query("clarifier:suspicious:baseline1d + 4 * clarifier:suspicious:sigma1d", "alert"),
+                        Query("clarifier:suspicious:ratio", "in {{window}}"),
+                        Query("clarifier:suspicious:baseline1d", "in {{window}}, " + BASELINE),
+                        Query(
+                            "clarifier:suspicious:baseline1d + 4 * clarifier:suspicious:sigma1d", "in {{window}}, alert"
+                        ),
                     ],
                     unit="percentunit",
                     text="The share of scored images below their bundle's threshold, and where the alert begins.",

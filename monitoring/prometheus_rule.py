@@ -14,10 +14,7 @@ WRITTEN = HERE.parent / "k8s" / "components" / "monitoring" / "rules.yaml"
 
 def prometheus_rule() -> dict[str, Any]:
     """The rules of `prometheus/`, as one object of Kubernetes."""
-    files = [yaml.safe_load((HERE / "prometheus" / name).read_text())["groups"] for name in RULES]
-    recorded, alerts = ({f"{group['name']}": group["rules"] for group in groups} for groups in files)
-    groups = [{"name": name, "rules": rules} for name, rules in recorded.items()]
-    groups += [{"name": f"{name}-alerts", "rules": rules} for name, rules in alerts.items()]
+    groups = [group for name in RULES for group in yaml.safe_load((HERE / "prometheus" / name).read_text())["groups"]]
     return {
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PrometheusRule",

@@ -39,6 +39,7 @@ from service.memory import find_memory
 from service.middleware import MAX_ACTIVE_REQUESTS
 from service.reloading import on_hangup
 from service.settings import PREFIX, Settings, SettingsError, load_settings
+from service.tracing import check_tracing
 from service.uploads import batch_body_bytes
 
 logger = logging.getLogger("service")
@@ -213,6 +214,7 @@ def main() -> None:
             check_repository(settings)
             check_device(settings)
         _check_keys(settings)
+        check_tracing()
         listener = _listen(settings)
     except SettingsError as error:
         print(error, file=sys.stderr)

@@ -33,6 +33,7 @@ from service.reloading import load_noted, reload_when_asked
 from service.repository import Catalog
 from service.routes import catalog, direct, router
 from service.settings import Settings
+from service.tracing import create_tracing
 from service.uploads import ByteBudget, budget_bytes
 from service.watch.attack_watch import AttackWatch
 from service.watch.families import MemoryFamilies
@@ -74,6 +75,7 @@ def create_app(
         cache=cache,
         access=access,
         memory=memory,
+        tracing=create_tracing("gateway"),
     )
     if settings.similarity_limit or settings.shadow_rate:
         gateway.watch = AttackWatch(gateway, MemoryFamilies() if shared is None else shared.families)
@@ -95,7 +97,7 @@ def create_app(
     app.include_router(oip_server)
     app.include_router(oip, dependencies=guards)
     app.add_middleware(DirectMiddleware, routes=direct.routes, access=access)
-    app.add_middleware(RequestMiddleware, metrics=gateway.metrics, entropy=gateway.entropy)
+    app.add_middleware(RequestMiddleware, metrics=metrics, entropy=gateway.entropy, tracing=gateway.tracing)
     install_handlers(app)
     return app
 
@@ -162,6 +164,8 @@ def _lifespan(
             gateway.decoders.shutdown(wait=False, cancel_futures=True)
             if shared is not None:
                 await shared.stop()
+            if gateway.tracing is not None:
+                await asyncio.to_thread(gateway.tracing.close)
 
     return lifespan
 
@@ -234,6 +238,7 @@ async def _start_engine(gateway: Gateway, load: Callable[[Settings], Loaded]) ->
         max_queue_size=settings.max_queue_size,
         max_queue_wait_ms=settings.max_queue_wait_ms,
         metrics=gateway.metrics,
+        tracing=gateway.tracing,
     )
     gateway.metrics.watch_queue(batcher)
     gateway.metrics.watch_device(loaded.memory_bytes)

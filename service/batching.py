@@ -22,6 +22,7 @@ from service.errors import ClarifierError, DeadlineExceeded, Draining, Inference
 from service.metrics import Metrics
 from service.pace import Pace
 from service.queue import BatchQueue, Completed, Item, Outcome
+from service.tracing import Tracing
 from service.work import EngineFault, Key, Pixels, Ran
 
 logger = logging.getLogger(__name__)
@@ -46,11 +47,13 @@ class Batcher(Dispatcher):
         max_queue_size: int,
         max_queue_wait_ms: float,
         metrics: Metrics,
+        tracing: Tracing | None = None,
     ) -> None:
         super().__init__(max_queue_size, max_queue_wait_ms)
         self._run_batch = run_batch
         self._engine_name = engine_name
         self._metrics = metrics
+        self._tracing = tracing
         metrics.expect_errors(engine_name)
         self._queue = BatchQueue(max_batch_size, max_queue_delay_ms / 1000)
         self._coming: list[Item] = []
@@ -267,6 +270,8 @@ class Batcher(Dispatcher):
             self._pace.note(batch[0].key, len(batch), seconds)
         inference_ms = 1000 * seconds
         self._metrics.count_batch(batch[0].key, len(batch), seconds, ran.stage_ms)
+        if self._tracing is not None:
+            self._tracing.note_batch(batch[0].key, [item.traceparent for item in batch], started, ran.stage_ms)
         for outcome in ran.outcomes:
             if isinstance(outcome, NotFinite):
                 self._metrics.engine_errors.labels(self._engine_name, "nan").inc()

@@ -11,6 +11,7 @@ import logging
 from service.logs import log_request
 from service.metrics import Metrics
 from service.record import Record
+from service.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -18,8 +19,9 @@ logger = logging.getLogger(__name__)
 class Books:
     """Of one application; the event loop's thread alone uses it."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, tracing: Tracing | None = None) -> None:
         self._metrics = metrics
+        self._tracing = tracing
         self._ended = list[Record]()
 
     def enter(self, record: Record) -> None:
@@ -35,5 +37,7 @@ class Books:
             try:
                 self._metrics.count_request(record)
                 log_request(record)
+                if self._tracing is not None:
+                    self._tracing.end(record)
             except Exception:  # the others are written all the same
                 logger.exception("a request could not be written down")

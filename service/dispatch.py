@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from service.errors import ClarifierError, ClientLeft, DeadlineExceeded, Overloaded
 from service.pace import Pace
 from service.queue import Item, Outcome
+from service.tracing import asking
 from service.work import Key, Pixels
 
 IN_TIME = 0.8
@@ -212,9 +213,10 @@ def new_items(key: Key, images: Sequence[Pixels], seeds: Sequence[int], deadline
     now = time.monotonic()
     if now >= deadline:
         raise DeadlineExceeded
-    loop = asyncio.get_running_loop()
+    loop, trace = asyncio.get_running_loop(), asking.get()
     return [
-        Item(key, image, seed, deadline, now, loop.create_future()) for image, seed in zip(images, seeds, strict=True)
+        Item(key, image, seed, deadline, now, loop.create_future(), trace)
+        for image, seed in zip(images, seeds, strict=True)
     ]
 
 

@@ -19,6 +19,7 @@ from service.memory import UNLIMITED, Memory
 from service.metrics import Metrics
 from service.repository import Catalog
 from service.settings import Settings
+from service.tracing import Tracing
 from service.uploads import ByteBudget
 
 if TYPE_CHECKING:  # the first needs redis, which memory mode does not load
@@ -45,6 +46,8 @@ class Gateway:
     watch: AttackWatch | None = None
     """None while nobody looks."""
     memory: Memory = UNLIMITED
+    tracing: Tracing | None = None
+    """None where there are no traces."""
     jobs: Board | None = None
     """None where there are none: they need a queue in Redis."""
     catalog: Catalog = field(default_factory=lambda: Catalog({}))

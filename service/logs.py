@@ -64,6 +64,7 @@ def log_request(record: Record) -> None:
         return
     fields = {
         "request_id": record.request_id,
+        "trace_id": record.trace_id,
         "key": record.key,
         "route": record.route,
         "status": record.status,

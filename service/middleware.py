@@ -18,6 +18,7 @@ from service.metrics import Metrics
 from service.problems import answer_of
 from service.record import Record, new_record
 from service.request_headers import headers_of
+from service.tracing import Tracing, trace_id_of
 
 MAX_ACTIVE_REQUESTS = 2048
 """That are being answered; idle connections are not counted."""
@@ -32,9 +33,17 @@ PROBES = frozenset(
 class RequestMiddleware:
     """Pure ASGI, so that every answer passes here, those of the framework too."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, entropy: Entropy, max_active: int = MAX_ACTIVE_REQUESTS) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        entropy: Entropy,
+        tracing: Tracing | None = None,
+        max_active: int = MAX_ACTIVE_REQUESTS,
+    ) -> None:
         self.app = app
-        self._books = Books(metrics)
+        self._books = Books(metrics, tracing)
+        self._tracing = tracing
         self._entropy = entropy
         self._max_active = max_active
         self._active = dict[int, Scope]()
@@ -46,6 +55,7 @@ class RequestMiddleware:
             return
         headers = headers_of(scope)
         record = scope["clarifier.record"] = new_record(headers.get("x-request-id", ""), self._entropy)
+        self._trace(record, headers.get("traceparent", ""), scope["path"])
         unread = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
 
         async def watched_receive() -> Message:
@@ -77,6 +87,13 @@ class RequestMiddleware:
                 record.code = "internal_server_error"
             record.route = _route_of(scope)
             self._books.enter(record)
+
+    def _trace(self, record: Record, header: str, path: str) -> None:
+        """Probes are in no trace of ours."""
+        if self._tracing is not None and path not in PROBES:
+            self._tracing.begin(record, header)
+        elif header:
+            record.trace_id = trace_id_of(header)
 
 
 def _route_of(scope: Scope) -> str:

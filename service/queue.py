@@ -37,6 +37,8 @@ class Item:
     deadline: float
     enqueued_at: float
     future: asyncio.Future[Outcome] = field(repr=False)
+    traceparent: str = ""
+    """Of the request that asks; empty where nobody traces."""
 
 
 class BatchQueue:

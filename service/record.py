@@ -48,6 +48,12 @@ class Record:
     """Whether AID finds a lone image unnatural; None where it was not asked."""
     digest: str = ""
     timing_ms: dict[str, float] = field(default_factory=dict)
+    timed_at: dict[str, float] = field(default_factory=dict)
+    """When each of these was known, by the monotonic clock."""
+    trace_id: str = ""
+    """Of the trace that it belongs to, by its client's word or ours."""
+    span: object = None
+    """OpenTelemetry's, where there are traces."""
     _ended: float | None = None
 
     @property
@@ -62,6 +68,7 @@ class Record:
     def time(self, stage: str, milliseconds: float) -> None:
         """Note how long a stage took; of several images the longest."""
         self.timing_ms[stage] = max(milliseconds, self.timing_ms.get(stage, 0.0))
+        self.timed_at[stage] = time.monotonic()
 
     def end(self) -> None:
         """It has been answered now."""

@@ -184,6 +184,13 @@ def _contradiction(sentence: str) -> str:
     return " ".join(PREFIX + word if word.isupper() and "_" in word else word for word in sentence.split())
 
 
+def traces_are_wanted() -> bool:
+    """Whether OpenTelemetry's own variables name a collector for traces."""
+    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or os.environ.get("OTEL_TRACES_EXPORTER") == "none":
+        return False
+    return any(os.environ.get(name) for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"))
+
+
 def load_settings() -> Settings:
     """The settings of the environment.
 

@@ -36,6 +36,7 @@ from service.reloading import load_noted, on_hangup, reload_when_asked
 from service.remote.engine import RemoteEngine
 from service.remote.store import Store
 from service.settings import Settings, SettingsError, load_settings
+from service.tracing import check_tracing, create_tracing
 
 logger = logging.getLogger("service.worker")
 
@@ -61,7 +62,8 @@ async def work(settings: Settings, load: Callable[[Settings], Loaded] = load_eng
     probes = _probes(settings, metrics, lambda: engine)
     loaded = await load_noted(partial(load, settings), metrics)
     store = Store(settings.redis_address)
-    engine = RemoteEngine(settings, loaded, store, metrics)
+    tracing = create_tracing("worker")
+    engine = RemoteEngine(settings, loaded, store, metrics, tracing)
     reloading = reload_when_asked(asked, loaded, engine.swap, metrics, settings.default_model)
     del loaded  # or what was served first would be kept
     beside = [asyncio.create_task(reloading), *([] if probes is None else [probes])]
@@ -70,6 +72,8 @@ async def work(settings: Settings, load: Callable[[Settings], Loaded] = load_eng
     finally:
         for task in beside:
             task.cancel()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
     status = ENGINE_DIED if engine.died else 0
     leave_if_loading(status)
     return status
@@ -127,6 +131,7 @@ def main() -> None:
         settings = load_settings()
         check_repository(settings)
         check_device(settings)
+        check_tracing()
     except SettingsError as error:
         print(error, file=sys.stderr)
         sys.exit(MISCONFIGURED)

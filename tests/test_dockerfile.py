@@ -114,7 +114,7 @@ def test_what_is_installed_is_pinned_and_named_in_the_project() -> None:
         runs = " ".join(STAGES[name].all("RUN"))
         for install in re.findall(r"install (.*?)(?:&&|$)", runs):
             assert "--constraint requirements.lock" in install or "'^torch==[^ ]*' requirements.lock" in install
-        extras = re.findall(r"'\.\[(\w+)\]'", runs)
+        extras = [extra for group in re.findall(r"'\.\[([\w,]+)\]'", runs) for extra in group.split(",")]
         assert extras
         assert set(extras) <= set(PROJECT["optional-dependencies"])
 

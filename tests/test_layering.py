@@ -14,13 +14,14 @@ ROOT = Path(__file__).parents[1]
 
 WEB = {"fastapi", "prometheus_client", "redis", "starlette", "uvicorn"}
 OFFLINE = {"datasets", "foolbox", "scipy", "tensorboard", "tqdm"}  # the service is installed without them
-OUTER = {"benchmarks", "tests"}
+OUTER = {"benchmarks", "monitoring", "tests"}
 
 FORBIDDEN = {
     "models": {"torchvision", "training", "service", "argparse"} | WEB | OFFLINE | OUTER,
     "training": {"torchvision", "service"} | WEB | OUTER,
     "service": {"torchvision", "training"} | OFFLINE | OUTER,
     "benchmarks": {"torchvision", "tests"},
+    "monitoring": {"torchvision", "models", "training", "service", "benchmarks", "tests"} | WEB | OFFLINE,
     "tests": {"torchvision"},
 }
 

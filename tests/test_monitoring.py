@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import yaml
 
+from monitoring import own_prometheus
 from monitoring.dashboards import DASHBOARDS, DIRECTORY, rendered
+from monitoring.own_prometheus import CONFIGURATION, Prometheus
 from service.metrics import Metrics
-from tests import own_prometheus
-from tests.own_prometheus import CONFIGURATION, Prometheus
 from tests.service import own_redis
 from tests.service.conftest import until
 from tests.service.fakes import png

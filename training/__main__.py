@@ -58,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
         if instead["defenses"]:
             instead["grey_box_only"] = ()
         recipe = recipe_for(options, instead)
-        print(recipe.model_dump_json(indent=2) if options.dry_run else run_command(recipe, options))
+        if said := recipe.model_dump_json(indent=2) if options.dry_run else run_command(recipe, options):
+            print(said)
     except GateError as error:
         print(error, file=sys.stderr)
         return 1
@@ -189,7 +190,11 @@ def run_command(recipe: Strict, options: argparse.Namespace) -> str:
         case _:
             if isinstance(recipe, Recipe) and recipe.precision == "bfloat16" and not computes_bfloat16(options.device):
                 print("This CPU emulates bfloat16, many times slower than --precision float32.", file=sys.stderr)
-            return json.dumps(train(recipe, options.runs, options.device), indent=2)
+            from training.parallel import group, joined
+
+            with joined(options.device) as device:
+                summary = train(recipe, options.runs, device)
+                return json.dumps(summary, indent=2) if group().is_first else ""
 
 
 def typed(options: argparse.Namespace) -> str:

@@ -20,6 +20,7 @@ from training.config import DataRecipe
 from training.folders import read_folder
 from training.formats import DataError as DataError
 from training.formats import Listing, read_cifar, read_svhn
+from training.parallel import group
 from training.tables import read_hub, read_parquet
 
 
@@ -123,22 +124,27 @@ class Batches:
     device: torch.device
 
     @property
+    def together(self) -> int:
+        """Images of one step: a batch of each process that trains."""
+        return self.batch_size * group().size
+
+    @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in one pass; the images that fill no batch wait for the next epoch's order."""
-        return max(1, len(self.data) // self.batch_size)
+        """Steps with whole batches in one pass; the images that fill none wait for the next epoch's order."""
+        return max(1, len(self.data) // self.together)
 
     def steps_in(self, epochs: float) -> int:
         """How many steps `epochs` passes are; at least one."""
         return max(1, round(epochs * self.steps_per_epoch))
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
-        """Augmented images in [0, 1] and labels of step `step`; every epoch has an order of its own."""
+        """Augmented images in [0, 1] and labels of step `step`, this process's share; every epoch has its own order."""
         epoch, position = divmod(step, self.steps_per_epoch)
         order = torch.randperm(len(self.data), generator=generator_for(self.seed, "order", epoch))
-        chosen = order[position * self.batch_size : (position + 1) * self.batch_size]
+        chosen = order[position * self.together : (position + 1) * self.together]
         images = to_float(self.data.images[chosen], self.device)
         images = augment(images, self.augmentation, generator_for(self.seed, "augment", step))
-        return images, self.data.labels[chosen].to(self.device)
+        return group().share(images), group().share(self.data.labels[chosen].to(self.device))
 
 
 def in_batches(data: ImageSet, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from models.files import replace_text
 from training.config import Recipe
 from training.data import Batches
+from training.parallel import average, group, train_together, wait_for_all
 from training.provenance import fingerprint, git_commit, hardware, library_versions
 
 Checkpoint = dict[str, dict[str, Any]]
@@ -65,6 +66,7 @@ class Run:
         self._recipe = self.directory / "recipe.json"
         self._origin = self.directory / "origin.json"
         self._resolved = resolved(recipe)
+        self._writes = group().is_first
         if self._recipe.exists() and self._begun_recipe(recipe) != self._resolved:
             raise RunError(f"{self.directory} belongs to another recipe; remove it or name this run differently")
 
@@ -88,22 +90,28 @@ class Run:
                 f"{self.directory} does not say what it was begun with, so nothing can go on with it: remove it"
             )
         begun = self._read_origin()
+        if not self._writes:
+            return self._load(state)
         if begun["sha256"] != origin and self._origin.exists():
             differing = sorted(name for name, _ in begun["sha256"].items() ^ origin.items())
             raise RunError(f"{self.directory}: its {differing[0]} is not what it was begun with: remove it")
         self.directory.mkdir(parents=True, exist_ok=True)
         replace_text(self._recipe, self._resolved)
         replace_text(self._origin, json.dumps({**begun, "sha256": origin}, indent=2) + "\n")
-        step = 0
         if not self._checkpoint.exists():
             (self.directory / "summary.json").unlink(missing_ok=True)  # of an unpacked run without its weights
-        else:
-            saved = torch.load(self._checkpoint, weights_only=True, map_location="cpu")
-            step, self.wall_s = int(saved["step"]), float(saved["wall_s"])
-            for name, holder in state.items():
-                holder.load_state_dict(saved["state"][name])
+        step = self._load(state)
         self._drop_metrics_after(step)
         return step
+
+    def _load(self, state: Mapping[str, Stateful]) -> int:
+        if not self._checkpoint.exists():
+            return 0
+        saved = torch.load(self._checkpoint, weights_only=True, map_location="cpu")
+        self.wall_s = float(saved["wall_s"])
+        for name, holder in state.items():
+            holder.load_state_dict(saved["state"][name])
+        return int(saved["step"])
 
     def note_session(self) -> list[dict[str, Any]]:
         """Remember that this code, on this machine, goes on with the run; returns all that did, in turn."""
@@ -154,17 +162,26 @@ def fit(
     """Run the task to its last step, from wherever the run's checkpoint left off; returns its summary.
 
     Metrics are logged every `log_every` steps, a checkpoint is saved every `checkpoint_every_s` seconds, and both
-    after the last step. `given` names the networks of earlier runs that the task builds on, as their weights were
-    when it got them. Raises RunError if the run was begun with other ones, or with other data. A finished run
-    is left as it is.
+    after the last step, by the first of the processes that train together; the others return nothing. `given` names
+    the networks of earlier runs that the task builds on, as their weights were when it got them. Raises RunError if the
+    run was begun with other ones, with other data, or by another number of processes. A finished run is left as it is.
     """
     state = task.state()
     origin = {"data": task.batches.data.fingerprint()}
     origin |= {name: fingerprint(weights) for name, weights in (given or {}).items()}
-    start = run.restore(state, origin)
+    if group().size > 1:
+        origin["processes"] = str(group().size)  # another number would make other steps
+    start = run.restore(state, origin) if group().is_first else 0
+    wait_for_all()
+    if not group().is_first:
+        start = run.restore(state, origin)
+    train_together(state.values())
     if start == task.steps and (finished := run.directory / "summary.json").exists():
         summary: dict[str, Any] = json.loads(finished.read_text())
         return summary
+    if not group().is_first:
+        _assist(task, start, log_every)
+        return {}
     sessions = run.note_session()
     began = saved_at = time.monotonic()
     with (
@@ -175,6 +192,7 @@ def fit(
             metrics = task.step(done - 1)
             bar.update()
             if done % log_every == 0 or done == task.steps:
+                metrics = average(metrics)
                 run.log(done, metrics)
                 bar.set_postfix({name: f"{value:.3f}" for name, value in metrics.items()})
                 for name, value in metrics.items():
@@ -187,12 +205,21 @@ def fit(
         **task.summarize(),
         "steps": task.steps,
         "classes": list(task.batches.data.classes),
+        "processes": int(origin.pop("processes", "1")),
         **{f"{name}_sha256": sha256 for name, sha256 in origin.items()},
         "wall_s": run.wall_s + time.monotonic() - began,
         "sessions": sessions,
     }
     replace_text(run.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _assist(task: Task, start: int, log_every: int) -> None:
+    """The same steps, of which the first process writes what all have measured."""
+    for done in range(start + 1, task.steps + 1):
+        metrics = task.step(done - 1)
+        if done % log_every == 0 or done == task.steps:
+            average(metrics)
 
 
 def write_finished(

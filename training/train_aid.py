@@ -17,6 +17,7 @@ from training.adversarial import vertex_mixture
 from training.attacks.pgd import pgd_linf
 from training.config import AidRecipe, refuse_unknown_layers
 from training.data import Batches, ImageSet, in_batches, load_split
+from training.parallel import group
 from training.precision import autocast
 from training.runs import Run, Stateful, fit
 from training.trained import refuse_other_data, trained_classifier
@@ -53,7 +54,7 @@ class AidTraining:
 
     def step(self, step: int) -> dict[str, float]:
         images, labels = self.batches.at(step)
-        generator = generator_for(self.recipe.seed, "aid", step)
+        generator = generator_for(self.recipe.seed, "aid", step, *group().path)
         with autocast(self.device, self.recipe.precision):
             adversarial = self.attack(images, labels, generator)
             mixed, naturalness = vertex_mixture(images, adversarial, gamma=self.recipe.gamma, generator=generator)

@@ -18,6 +18,7 @@ from models.speednet import WhiteningStem
 from training.adversarial import attack, running_statistics_kept, training_loss
 from training.config import ClassifierRecipe
 from training.data import Batches, ImageSet, in_batches, load_split, to_float
+from training.parallel import group
 from training.precision import autocast
 from training.runs import Run, RunError, Stateful, fit, read_recipe_of
 from training.trained import on_device, refuse_other_data, trained_classifier
@@ -96,7 +97,7 @@ class ClassifierTraining:
         """The images that this step trains on, adversarial if the recipe says so, and their targets."""
         if self.recipe.adversarial is None:
             return images, targets
-        generator = generator_for(self.recipe.seed, "attack", step)
+        generator = generator_for(self.recipe.seed, "attack", step, *group().path)
         with running_statistics_kept(self.classifier):
             return attack(self.logits, images, targets, self.recipe.adversarial, generator)
 

@@ -24,6 +24,7 @@ from models.randomness import derive_seed, generator_for
 from training.attacks.pgd import noisy_fgsm
 from training.config import FinetuneRecipe, PretrainRecipe, PurifierRecipe
 from training.data import Batches, ImageSet, load_split
+from training.parallel import group
 from training.precision import autocast
 from training.runs import Run, RunError, Stateful, fit, read_recipe_of
 from training.trained import on_device, refuse_other_data, trained_classifier, trained_inpainter
@@ -103,13 +104,14 @@ class PurifierTraining:
                 labels[:count],
                 eps=recipe.attack_eps,
                 noise=recipe.attack_noise,
-                generator=generator_for(recipe.seed, "attack", step),
+                generator=generator_for(recipe.seed, "attack", step, *group().path),
             )
         return torch.cat([adversarial, images[count:]])
 
     def seeds(self, purpose: str, step: int, count: int) -> list[int]:
         """One for each image of a step, for the transform that it goes through."""
-        return [derive_seed(self.recipe.seed, purpose, step, index) for index in range(count)]
+        first = group().rank * count
+        return [derive_seed(self.recipe.seed, purpose, step, first + index) for index in range(count)]
 
     def target(self, images: Tensor, attacked: Tensor) -> Tensor:
         """What the reconstruction should be, at the working size (see `FinetuneRecipe.reconstruction_target`)."""
@@ -157,8 +159,8 @@ class PurifierTraining:
         """One step of Adam down the gradient of `total`, at this step's learning rate."""
         ratio = self.recipe.final_lr_ratio
         factor = ratio + (1 - ratio) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.lr * factor
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = self.recipe.lr * factor
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         self.optimizer.step()

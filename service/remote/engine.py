@@ -26,6 +26,7 @@ from service.remote.store import UNREACHABLE, Announcement, Store, Taken
 from service.remote.wire import Malformed, Work, pack_reply, unpack_work
 from service.repository import Catalog, DescribedBundle, name_of
 from service.settings import Settings
+from service.tracing import Tracing
 from service.work import Key
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,9 @@ UNANSWERED = (Draining, NotReady, ClientLeft)
 class RemoteEngine:
     """One engine between Redis and its gateways."""
 
-    def __init__(self, settings: Settings, loaded: Loaded, store: Store, metrics: Metrics) -> None:
+    def __init__(
+        self, settings: Settings, loaded: Loaded, store: Store, metrics: Metrics, tracing: Tracing | None = None
+    ) -> None:
         self.name = secrets.token_hex(8)
         self.draining = False
         self._settings = settings
@@ -64,6 +67,7 @@ class RemoteEngine:
             max_queue_size=sys.maxsize,
             max_queue_wait_ms=0,  # a gateway has refused whom it should
             metrics=metrics,
+            tracing=tracing,
         )
         self._held: dict[str, Taken] = {}
         """What this worker has, by entry."""
@@ -228,7 +232,10 @@ class RemoteEngine:
         images, seeds = [work.image for work in works], [work.seed for work in works]
         with self._batcher.places() as places:
             self._batcher.reserve(places, len(works))
-            return self._batcher.admit(places, works[0].key, images, seeds, deadline)
+            items = self._batcher.admit(places, works[0].key, images, seeds, deadline)
+        for item, work in zip(items, works, strict=True):
+            item.traceparent = work.traceparent
+        return items
 
     async def _answer(self, outcomes: Sequence[tuple[tuple[Taken, Work], Outcome]]) -> None:
         """Every outcome to its gateway; until Redis takes them, or nobody can wait for them any more."""

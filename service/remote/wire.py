@@ -49,6 +49,8 @@ class Work:
     seed: int
     left_ms: float
     """Until its deadline, when it was sent."""
+    traceparent: str = ""
+    """Of the request that asks; empty where nobody traces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,7 @@ def pack_work(uid: str, gateway: str, item: Item, left_ms: float) -> dict[bytes,
         "floats": key.floats,
         "seed": item.seed,
         "left_ms": left_ms,
+        "traceparent": item.traceparent,
     }
     return _pack(head, image=item.image)
 
@@ -92,7 +95,8 @@ def unpack_work(fields: Fields) -> Work:
         if (arrays["image"].dtype == TYPES["f4"]) != key.floats:
             raise ValueError("the image is of another kind than its key says")
         uid, gateway = _text(head["uid"]), _text(head["gateway"])
-        return Work(uid, gateway, key, arrays["image"], _whole(head["seed"]), _finite(head["left_ms"]))
+        seed, left_ms, trace = _whole(head["seed"]), _finite(head["left_ms"]), _text(head.get("traceparent", ""))
+        return Work(uid, gateway, key, arrays["image"], seed, left_ms, trace)
     except (KeyError, TypeError, ValueError) as error:
         raise Malformed(str(error)) from None
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,10 +15,8 @@ from typing import Any
 import httpx
 import yaml
 
-from tests.service.conftest import until
-from tests.service.own_redis import free_port
-
-CONFIGURATION = Path(__file__).parent.parent / "monitoring" / "prometheus"
+CONFIGURATION = Path(__file__).parent / "prometheus"
+START_S = 60.0
 MISSING = "prometheus is not installed (on Debian: apt install prometheus)"
 
 
@@ -32,19 +32,14 @@ class Prometheus:
     client: httpx.Client
 
     def ask(self, expr: str) -> list[dict[str, Any]]:
-        """The samples of an instant query: `metric` and `value`. Raises what PromQL has against it."""
+        """The samples of an instant query: `metric` and `value`. Raises ValueError with what PromQL has against it."""
         answer = self.client.get("/api/v1/query", params={"query": expr})
-        assert answer.status_code == 200, f"{expr}: {answer.text}"
-        result: list[dict[str, Any]] = answer.json()["data"]["result"]
-        return result
+        return _result(expr, answer)
 
     def ask_over(self, expr: str, start: float, end: float, step_s: float) -> list[dict[str, Any]]:
         """The series of a query over a time: `metric` and `values`."""
         given: dict[str, Any] = {"query": expr, "start": start, "end": end, "step": step_s}
-        answer = self.client.get("/api/v1/query_range", params=given)
-        assert answer.status_code == 200, f"{expr}: {answer.text}"
-        result: list[dict[str, Any]] = answer.json()["data"]["result"]
-        return result
+        return _result(expr, self.client.get("/api/v1/query_range", params=given))
 
     def firing(self) -> set[str]:
         """Names of alerts."""
@@ -52,11 +47,18 @@ class Prometheus:
         return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
 
 
+def _result(expr: str, answer: httpx.Response) -> list[dict[str, Any]]:
+    if answer.status_code != 200:
+        raise ValueError(f"{expr}: {answer.text}")
+    result: list[dict[str, Any]] = answer.json()["data"]["result"]
+    return result
+
+
 @contextmanager
 def running(folder: Path, targets: Mapping[str, Sequence[int]]) -> Iterator[Prometheus]:
     """Our configuration and our rules, where each job's names stand for these ports of this machine."""
     said = yaml.safe_load((CONFIGURATION / "prometheus.yml").read_text())
-    port = free_port()
+    port = _free_port()
     for job in said["scrape_configs"]:
         ports = targets.get(job["job_name"], [port])
         job.pop("dns_sd_configs", None)
@@ -70,10 +72,25 @@ def running(folder: Path, targets: Mapping[str, Sequence[int]]) -> Iterator[Prom
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client,
     ):
         try:
-            until(lambda: _is_ready(client), 60)
+            _wait(client)
             yield Prometheus(client)
         finally:
             process.terminate()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def _wait(client: httpx.Client) -> None:
+    ends = time.monotonic() + START_S
+    while not _is_ready(client):
+        if time.monotonic() > ends:
+            raise TimeoutError("Prometheus did not start")
+        time.sleep(0.1)
 
 
 def _is_ready(client: httpx.Client) -> bool:
