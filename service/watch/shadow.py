@@ -6,6 +6,7 @@ queue that is more than half full is skipped.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Sequence
@@ -70,7 +71,8 @@ class Shadow:
             for key in dict.fromkeys(sample.shadow_key for sample in samples):
                 alike = [sample for sample in samples if sample.shadow_key == key]
                 for start in range(0, len(alike), most):
-                    await self._run_batch(key, alike[start : start + most])
+                    # A task of its own, since a reload waits for those who are inside now until they end.
+                    await asyncio.create_task(self._run_batch(key, alike[start : start + most]))
 
     async def _run_batch(self, key: Key, samples: Sequence[Sample]) -> None:
         try:

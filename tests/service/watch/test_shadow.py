@@ -89,3 +89,15 @@ def test_what_fails_there_fails_nobody(start: Callable[..., Running]) -> None:
     server.bundle.misbehaves = True
     until(lambda: shadowed(server, "failed") == 1)
     assert server.still_answers()
+
+
+def test_whoever_waits_for_those_inside_need_not_wait_for_ever(start: Callable[..., Running]) -> None:
+    server = start(shadow_rate=1.0)
+    assert server.client.post("/classify", content=png(green())).status_code == 200
+    server.bundle.entered.clear()
+    server.bundle.gate.clear()
+    until(server.bundle.entered.is_set)
+    inside = set(server.gateway._in_flight)
+    assert len(inside) == 1
+    server.bundle.gate.set()
+    until(lambda: all(task.done() for task in inside))
