@@ -84,7 +84,9 @@ def run() -> dict[str, object]:
             "similarity_limit": "50",
         }
         port, _ = stack.enter_context(serving(**settings))
-        prometheus = stack.enter_context(own_prometheus.running(folder, {"gateway": [port], "worker": [port]}))
+        prometheus = stack.enter_context(
+            own_prometheus.running(folder, {"clarifier-gateway": [port], "clarifier-worker": []})
+        )
         threads = [
             threading.Thread(target=_traffic, args=(port, keys["shop"], images, attacked, log)),
             threading.Thread(target=_watch, args=(prometheus, log)),

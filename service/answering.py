@@ -139,7 +139,7 @@ async def _run(
         if isinstance(outcome, Completed):
             metrics.queue_wait.observe(outcome.queue_ms / 1000)
             _time(question.record, outcome)
-        elif isinstance(outcome, DeadlineExceeded):
+        elif isinstance(outcome, DeadlineExceeded) and not outcome.was_running:
             metrics.queue_wait.observe(item.deadline - item.enqueued_at)
     return outcomes
 

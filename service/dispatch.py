@@ -102,7 +102,7 @@ class Dispatcher(ABC):
         At their deadline DeadlineExceeded, wherever they are then. A caller that is cancelled takes them out.
         """
         left_s = max(0.0, items[0].deadline - time.monotonic())
-        expiry = asyncio.get_running_loop().call_later(left_s, self._give_up, items, lambda _: DeadlineExceeded())
+        expiry = asyncio.get_running_loop().call_later(left_s, self._give_up, items, self._too_late)
         try:
             return [await item.future for item in items]
         except asyncio.CancelledError:
@@ -114,6 +114,11 @@ class Dispatcher(ABC):
     def withdraw(self, items: Sequence[Item]) -> None:
         """Forget `items`: their client has left, and whoever waits for them is told so."""
         self._give_up(items, lambda item: ClientLeft(self._where(item)))
+
+    def _too_late(self, item: Item) -> ClarifierError:
+        error = DeadlineExceeded()
+        error.was_running = self._where(item) == "running"
+        return error
 
     def _give_up(self, items: Sequence[Item], error: Callable[[Item], ClarifierError]) -> None:
         unanswered = [item for item in items if item.future.cancelled() or not item.future.done()]

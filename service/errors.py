@@ -309,3 +309,6 @@ class DeadlineExceeded(ClarifierError):
     """The request's own deadline passed: X-Request-Timeout-Ms, or CLARIFIER_REQUEST_TIMEOUT_MS without it."""
 
     code, status, title = "deadline_exceeded", 504, "the deadline passed"
+
+    was_running = False
+    """Whether it passed while the image ran, as far as is known."""

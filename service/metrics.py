@@ -26,8 +26,8 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 128)
 BYTES = tuple(4**power for power in range(5, 15))
 """1 KiB to 256 MiB."""
 DISTANCES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1)
-ERROR_KINDS = ("oom", "cuda", "nan", "other")
-"""Of every engine."""
+ERROR_KINDS = ("oom", "cuda", "nan", "other", "killed")
+"""Of every engine; the last of workers alone."""
 SCORES = tuple(tenth / 10 for tenth in range(1, 11))
 CACHE_RESULTS = ("hit", "miss", "skip")
 REDIS_OPS = (

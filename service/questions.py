@@ -254,10 +254,10 @@ async def decode(question: Question[ModelParameters], data: bytes, *, alone: boo
     started = time.monotonic()
     size, limit = question.manifest.input_size, question.gateway.settings.max_image_pixels
     record = question.record
-    decoded = decode_if_quick(data, size, limit) if alone else None
     if alone:
         is_quick = len(data) <= QUICK_HASH_BYTES
         record.sha256 = _short_hash(data) if is_quick else await in_thread(question, _short_hash, data)
+    decoded = decode_if_quick(data, size, limit) if alone else None
     if decoded is None:
         decoded = await in_thread(question, decode_image, data, size, limit, question.gateway.memory)
     decode_ms = 1000 * (time.monotonic() - started)

@@ -110,7 +110,7 @@ def draw(folder: Path) -> str:
     """Run the service `passwords` on `folder`; the password that is there afterwards."""
     service = SERVICES["passwords"]
     (script,) = service["command"]
-    line = [*service["entrypoint"], script.replace("$$", "$")]
+    line = [*service["entrypoint"], script.replace("$$", "$").replace("/run/grafana", str(folder))]
     assert service["working_dir"] == PASSWORDS
     subprocess.run(line, cwd=folder, check=True, timeout=20)
     return (folder / "redis_password").read_text().strip()

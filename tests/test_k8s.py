@@ -200,10 +200,14 @@ def test_the_service_and_the_monitor_find_their_pods(overlay: str) -> None:
         assert service["spec"]["selector"].items() <= maker["spec"]["template"]["metadata"]["labels"].items()
     (monitor,) = found(overlay, "PodMonitor")
     (expression,) = monitor["spec"]["selector"]["matchExpressions"]
-    assert expression["key"] == monitor["spec"]["jobLabel"]
     assert expression["values"] == ["gateway", "worker"]
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
     assert endpoint["path"] == "/metrics"
+    (relabeling,) = endpoint["relabelings"]
+    assert relabeling["sourceLabels"] == ["__meta_kubernetes_pod_label_app_kubernetes_io_component"]
+    jobs = {relabeling["replacement"].replace("$1", name) for name in expression["values"]}
+    prometheus = yaml.safe_load((ROOT / "monitoring/prometheus/prometheus.yml").read_text())
+    assert jobs < {job["job_name"] for job in prometheus["scrape_configs"]}
     for name in expression["values"]:
         (deployment,) = found(overlay, "Deployment", name)
         assert deployment["spec"]["template"]["metadata"]["labels"][expression["key"]] == name

@@ -145,7 +145,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
         _, worker_port = site.start_ours("worker")
         until(lambda: site.is_healthy("worker", worker_port), 300)
         until(lambda: site.is_healthy("gateway", port), 60)
-        targets = {"gateway": [port], "worker": [worker_port]}
+        targets = {"clarifier-gateway": [port], "clarifier-worker": [worker_port]}
         prometheus = stack.enter_context(own_prometheus.running(folder, targets))
         over = threading.Event()
         clients = [threading.Thread(target=client, args=(port, over)) for client in (_ask, _attack)]
@@ -237,5 +237,5 @@ def test_who_asks_again_and_again_is_an_alert_and_nothing_is_paged(seen: Prometh
 
 @pytest.mark.slow
 def test_every_replica_is_scraped(seen: Prometheus) -> None:
-    for job in ("gateway", "worker"):
+    for job in ("clarifier-gateway", "clarifier-worker"):
         until(lambda: [sample["value"][1] for sample in seen.ask(f'up{{job="{job}"}}')] == ["1"])  # noqa: B023

@@ -1,8 +1,9 @@
 """Several processes train one network, each on its share of every batch: `torchrun --module training COMMAND`.
 
 Each has the recipe's batch size, so that two of them make the steps of one with the double batch: the same images with
-the same augmentations, the gradient of the mean loss, and batch norms over all of it. The learning rate stays the
-recipe's. The first process alone writes. Without torchrun there is one, and nothing here does anything.
+the same augmentations, the gradient of the mean loss, and batch norms over all of it. CutMix and attacks draw for each
+process anew. The learning rate stays the recipe's. The first process alone writes. Without torchrun there is one, and
+nothing here does anything.
 """
 
 from __future__ import annotations

@@ -170,6 +170,8 @@ def fit(
     origin = {"data": task.batches.data.fingerprint()}
     origin |= {name: fingerprint(weights) for name, weights in (given or {}).items()}
     if group().size > 1:
+        if len(task.batches.data) < task.batches.together:
+            raise RunError(f"{group().size} processes need {task.batches.together} images, a batch for each")
         origin["processes"] = str(group().size)  # another number would make other steps
     start = run.restore(state, origin) if group().is_first else 0
     wait_for_all()

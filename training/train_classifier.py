@@ -103,7 +103,7 @@ class ClassifierTraining:
 
     def mix(self, images: Tensor, targets: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """CutMix on the recipe's share of the batches."""
-        generator = generator_for(self.recipe.seed, "cutmix", step)
+        generator = generator_for(self.recipe.seed, "cutmix", step, *group().path)
         if torch.rand((), generator=generator) >= self.recipe.cutmix:
             return images, targets
         return cutmix(images, targets, generator)

@@ -11,6 +11,8 @@ from service.remote.store import FAMILIES, FAMILIES_BEFORE, FAMILIES_SALT
 from service.watch.families import CAPACITY, SALT_BITS, MemoryFamilies
 from service.watch.fingerprints import Fingerprint
 
+AT_ONCE = 8
+"""Fingerprints in one go: 3 ms of a Redis that requests wait for too."""
 KEPT_S = 3600
 """How long a table outlives the last image that was compared."""
 
@@ -66,7 +68,7 @@ class SharedFamilies:
     async def salt(self) -> int:
         """As `Families` says: the one that the first gateway has left in Redis."""
         try:
-            self._salt = await self._shared.ask("similar", self._agree)
+            self._salt = await self._shared.ask("similar", self._agree, beside=True)
         except Unshared:
             self._salt = None
         return await self._alone.salt() if self._salt is None else self._salt
@@ -75,8 +77,14 @@ class SharedFamilies:
         """As `Families` says. Those that Redis does not answer any more count as no near-duplicates."""
         if self._salt is None:
             return await self._alone.note(fingerprints)
+        likenesses = list[int]()
+        for start in range(0, len(fingerprints), AT_ONCE):
+            likenesses += await self._note_some(fingerprints[start : start + AT_ONCE])
+        return likenesses
+
+    async def _note_some(self, fingerprints: Sequence[Fingerprint]) -> list[int]:
         try:
-            return await self._shared.ask("similar", lambda: self._compare(fingerprints))
+            return await self._shared.ask("similar", lambda: self._compare(fingerprints), beside=True)
         except Unshared:
             return [0] * len(fingerprints)
 

@@ -90,6 +90,8 @@ class RemoteQueue(Dispatcher):
         """By uid: entries that Redis did not know at the last look."""
         self._elsewhere = 0
         """Entries in Redis at the last look, those of all gateways."""
+        self._untaken = 0
+        """Those of them that no worker had taken."""
         self._roster = Roster(store, metrics, learn)
         self._run_id: str | None = None
         self._problem: str | None = "loading"
@@ -218,9 +220,11 @@ class RemoteQueue(Dispatcher):
 
     @property
     def oldest_s(self) -> float:
-        """Jobs wait for others, and are left out."""
-        since = next((sent.item.enqueued_at for sent in self._sent.values() if not sent.spare), None)
-        return 0.0 if since is None else time.monotonic() - since
+        """By what no worker had taken at the last look: the newest. Jobs, which wait for others, are left out."""
+        own = [sent for sent in self._sent.values() if not sent.spare]
+        waiting = self._untaken + sum(sent.entry is None for sent in own)
+        first = own[max(0, len(own) - waiting)] if own and waiting else None
+        return 0.0 if first is None else time.monotonic() - first.item.enqueued_at
 
     @property
     def alive(self) -> bool:
@@ -359,8 +363,8 @@ class RemoteQueue(Dispatcher):
         self._run_id = run_id
         await self._roster.look()
         self._note_problem(None if self._roster.digests else "no worker is there")
-        self._elsewhere, untaken = await self._store.lengths(sorted(set(self._roster.digests.values())))
-        self._metrics.queue_lag.set(untaken)
+        self._elsewhere, self._untaken = await self._store.lengths(sorted(set(self._roster.digests.values())))
+        self._metrics.queue_lag.set(self._untaken)
         await asyncio.sleep(BEAT_S)
 
     async def _has_lost_work(self) -> bool:

@@ -104,16 +104,21 @@ class Shared:
 
         return SharedFamilies(self)
 
-    async def ask(self, op: str, command: Callable[[], Awaitable[T]]) -> T:
-        """What `command` gets from Redis in time; raises Unshared, and counts an error under `op`."""
+    async def ask(self, op: str, command: Callable[[], Awaitable[T]], *, beside: bool = False) -> T:
+        """What `command` gets from Redis in time; raises Unshared, and counts an error under `op`.
+
+        `beside` is what no request waits for: it may take longer, and decides nothing for those that do.
+        """
         if not self._is_up:
             raise Unshared
         try:
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(CONNECT_S if beside else PATIENCE_S):
                 return await command()
         except UNREACHABLE as error:
             self._metrics.redis_errors.labels(op).inc()
-            if not isinstance(error, ResponseError):  # a refusal costs no wait, and may be of one key: `_look` decides
+            if not beside and not isinstance(
+                error, ResponseError
+            ):  # a refusal costs no wait, and may be of one key: `_look` decides
                 self._is_up = False
             raise Unshared from None
 

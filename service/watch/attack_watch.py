@@ -10,7 +10,7 @@ from starlette.types import Scope
 from service.access import key_of, owner_of
 from service.queue import Completed, Outcome
 from service.watch.families import Families
-from service.watch.shadow import Sample, Shadow
+from service.watch.shadow import Shadow
 from service.watch.similarity import Query, SimilarityWatch
 from service.work import Key, Pixels
 
@@ -48,7 +48,7 @@ class AttackWatch:
             return
         for image, outcome in zip(images, outcomes, strict=True):
             if isinstance(outcome, Completed):
-                self._shadow.note(Sample(key, image, outcome.answer))
+                self._shadow.note(key, image, outcome.answer)
 
     def loops(self) -> list[Coroutine[None, None, None]]:
         """For tasks that live as long as the application."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from service.errors import ClarifierError, UnknownModel
+from service.errors import ClarifierError, Draining, NotReady, Overloaded, UnknownModel
 from service.queue import Completed, Outcome
 from service.watch.inbox import Inbox
 from service.work import Answer, Classified, Detected, Key, Operation, Pixels
@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 GATHER_S = 0.25
 """For company: what is sampled meanwhile runs together."""
+REFUSALS = (Overloaded, NotReady, Draining)
+"""That Redis mode answers later."""
 PRECISION = 53
 """Bits of a drawn fraction."""
 
@@ -36,7 +38,8 @@ class Sample:
     key: Key
     """What it was asked."""
     image: Pixels
-    answer: Answer
+    label: int | None
+    """The index of the defended label; None where there was none, or no defense."""
 
     @property
     def shadow_key(self) -> Key:
@@ -53,14 +56,15 @@ class Shadow:
         self._rate = rate
         self._inbox = Inbox[Sample]()
 
-    def note(self, sample: Sample) -> None:
-        """Run it soon, perhaps. What says it all by itself is not run again."""
-        answer = sample.answer
+    def note(self, key: Key, image: Pixels, answer: Answer) -> None:
+        """Run what was asked `key` again soon, perhaps. An `answer` that says it all by itself is not run again."""
         if isinstance(answer, Detected) or (isinstance(answer, Classified) and answer.undefended is not None):
             return
         if self._gateway.entropy.bits(PRECISION) >= self._rate * 2**PRECISION:
             return
-        if not self._inbox.put(sample, sample.image.nbytes):
+        label = int(answer.probabilities.argmax()) if isinstance(answer, Classified) else None
+        sample = Sample(key, image, None if key.defense == "none" else label)
+        if not self._inbox.put(sample, image.nbytes):
             self._count("skipped", 1)
 
     async def run(self) -> None:
@@ -105,7 +109,7 @@ class Shadow:
 
     def _compare(self, sample: Sample, outcome: Outcome) -> None:
         if not isinstance(outcome, Completed):
-            self._count("failed", 1)
+            self._count("skipped" if isinstance(outcome, REFUSALS) else "failed", 1)
             return
         self._count("done", 1)
         bare = outcome.answer
@@ -113,9 +117,9 @@ class Shadow:
         metrics, bundle = self._gateway.metrics, self._gateway.catalog.bundles.get(sample.key.model)
         if bundle is not None:
             metrics.count_score(sample.key.model, bare.aid_score, bundle.manifest.aid_threshold)
-        if isinstance(sample.answer, Classified) and sample.key.defense != "none":
-            labels = (int(one.probabilities.argmax()) for one in (sample.answer, bare))
-            metrics.count_comparison(sample.key.model, sample.key.defense, *labels)
+        if sample.label is not None:
+            bare_label = int(bare.probabilities.argmax())
+            metrics.count_comparison(sample.key.model, sample.key.defense, sample.label, bare_label)
 
     def _count(self, outcome: str, images: int) -> None:
         self._gateway.metrics.shadowed.labels(outcome).inc(images)

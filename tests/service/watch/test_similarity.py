@@ -21,6 +21,8 @@ from tests.service.fakes import encoded, green, png
 CIFAR10 = Path(__file__).parents[4] / "shared" / "data" / "cifar10" / "test-00000-of-00001.parquet"
 
 R = TypeVar("R")
+SALT = 0x5EED
+"""With one of many a family splits, and its count begins again."""
 
 
 def scene(seed: int, side: int = 32) -> Pixels:
@@ -54,7 +56,7 @@ class Watch:
     def __init__(self, limit: int, capacity: int = CAPACITY) -> None:
         self.limit = limit
         self.families = MemoryFamilies(capacity)
-        self.fingerprints = Fingerprints(now(self.families.salt()))
+        self.fingerprints = Fingerprints(SALT)
 
     def note(self, who: str, image: Pixels | Floats) -> int:
         """How many near-duplicates more than may be."""
