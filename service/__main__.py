@@ -202,14 +202,13 @@ def serve(settings: Settings, listener: socket.socket, load: Callable[[Settings]
         leave_now(0)
 
 
-def main() -> None:
-    """Serve until a signal; exit 0 after a drain, 2 with one line if a setting is wrong, 70 if the engine ends."""
-    argparse.ArgumentParser(
-        prog="python -m service",
-        description="Serve a model repository. Settings are environment variables, see service/README.md.",
-    ).parse_args()
+def start(**given: object) -> None:
+    """Serve with the settings of the environment, and of `given` in their place, until a signal.
+
+    Exit 0 after a drain, 2 with one line if a setting is wrong, 70 if the engine ends.
+    """
     try:
-        settings = load_settings()
+        settings = load_settings(**given)
         if settings.queue == "memory":
             check_repository(settings)
             check_device(settings)
@@ -222,6 +221,14 @@ def main() -> None:
     configure_logging(settings.log_level, settings.log_format)
     logger.info("settings", extra={"fields": settings.model_dump(mode="json")})
     serve(settings, listener)
+
+
+def main() -> None:
+    argparse.ArgumentParser(
+        prog="python -m service",
+        description="Serve a model repository. Settings are environment variables, see service/README.md.",
+    ).parse_args()
+    start()
 
 
 if __name__ == "__main__":

@@ -79,6 +79,12 @@ def create_app(
     )
     if settings.similarity_limit or settings.shadow_rate:
         gateway.watch = AttackWatch(gateway, MemoryFamilies() if shared is None else shared.families)
+    models = oip
+    if settings.predictor_url is not None:
+        from service.oip.predictor import Predictor
+        from service.oip.transformer import transformer
+
+        gateway.predictor, models = Predictor(settings.predictor_url), transformer
     metrics.watch_readiness(gateway.why_not_ready)
     app = FastAPIOffline(
         title="Clarifier",
@@ -95,7 +101,7 @@ def create_app(
     app.include_router(router)
     app.include_router(probes)
     app.include_router(oip_server)
-    app.include_router(oip, dependencies=guards)
+    app.include_router(models, dependencies=guards)
     app.add_middleware(DirectMiddleware, routes=direct.routes, access=access)
     app.add_middleware(RequestMiddleware, metrics=metrics, entropy=gateway.entropy, tracing=gateway.tracing)
     install_handlers(app)
@@ -164,6 +170,8 @@ def _lifespan(
             gateway.decoders.shutdown(wait=False, cancel_futures=True)
             if shared is not None:
                 await shared.stop()
+            if gateway.predictor is not None:
+                await gateway.predictor.close()
             if gateway.tracing is not None:
                 await asyncio.to_thread(gateway.tracing.close)
 

@@ -9,7 +9,7 @@
     │   TooManyImages
     ├── the job: NoJobs, UnknownJob, JobUnfinished, KeyReused
     ├── the moment: RateLimited, Overloaded, TooBusy, ShortOfMemory, NotReady, Draining, DeadlineExceeded, ClientLeft
-    └── ourselves: InferenceFailed, NotFinite
+    └── behind the client: InferenceFailed, NotFinite, PredictorFailed
 
 Each class says its status, its title and, as its docstring, the page that `/problems/<code>` shows. Details are safe to
 show: they hold no paths, no library names, and nothing of the upload.
@@ -276,6 +276,13 @@ class NotFinite(ClarifierError):
     """The network's answer for this image was not a finite number. The others of its batch were answered."""
 
     code, status, title = "nan", 500, "the answer is not a finite number"
+
+
+class PredictorFailed(ClarifierError):
+    """The server behind this one, CLARIFIER_PREDICTOR_URL, cannot be reached, failed, or answered what is no answer of
+    the Open Inference Protocol. The images were purified, but nobody classified them."""
+
+    code, status, title = "predictor_failed", 502, "the predictor failed"
 
 
 class NotReady(ClarifierError):

@@ -22,8 +22,9 @@ from service.settings import Settings
 from service.tracing import Tracing
 from service.uploads import ByteBudget
 
-if TYPE_CHECKING:  # the first needs redis, which memory mode does not load
+if TYPE_CHECKING:  # the first needs redis, which memory mode does not load, the second httpx2
     from service.jobs.board import Board
+    from service.oip.predictor import Predictor
     from service.watch.attack_watch import AttackWatch
 
 STALE_BEAT_S = 2.0
@@ -45,6 +46,8 @@ class Gateway:
     """None if everybody may ask as often as they like."""
     watch: AttackWatch | None = None
     """None while nobody looks."""
+    predictor: Predictor | None = None
+    """None unless this is its transformer."""
     memory: Memory = UNLIMITED
     tracing: Tracing | None = None
     """None where there are no traces."""

@@ -163,8 +163,8 @@ def _find(catalog: Catalog, asked: tuple[Operation, ModelParameters, str]) -> tu
 
 
 def refine(
-    asked: Question[ModelParameters], parameters: ClassifyParameters, deadline: float, *, purified: bool, floats: bool
-) -> Question[ClassifyParameters]:
+    asked: Question[ModelParameters], parameters: Given, deadline: float, *, floats: bool, purified: bool = False
+) -> Question[Given]:
     """The whole question, where the body said more of it than the query. Raises InvalidParameter and Overloaded."""
     key = key_for(asked.key.operation, asked.key.model, asked.catalog, parameters)
     key = replace(key, purified=purified, floats=floats)

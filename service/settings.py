@@ -33,6 +33,15 @@ class SettingsError(ValueError):
     """A setting that stops the start; the message is one line that names it."""
 
 
+def _predictor_url(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError("is not http:// or https:// and a host")
+    if parts.username is not None:
+        raise ValueError("names a user: a predictor is not asked with a password")
+    return text.rstrip("/")
+
+
 def _rate_limit(text: str) -> str:
     read_rate_limits(text)
     return text
@@ -51,6 +60,9 @@ class Settings(BaseSettings):
 
     engine: Literal["torch"] = "torch"
     """What runs the networks."""
+    predictor_url: Annotated[str, AfterValidator(_predictor_url)] | None = None
+    """Of a server of the Open Inference Protocol that classifies what is purified here: this service is then its
+    transformer, and its models are those below /v2. Unset: the bundles classify."""
     queue: Literal["memory", "redis"] = "memory"
     """Where images wait: in this process, with the engine in it; or in Redis, for engines in workers."""
     redis_url: SecretStr = SecretStr("redis://127.0.0.1:6379/0")
@@ -191,8 +203,8 @@ def traces_are_wanted() -> bool:
     return any(os.environ.get(name) for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"))
 
 
-def load_settings() -> Settings:
-    """The settings of the environment.
+def load_settings(**given: object) -> Settings:
+    """The settings of the environment, and of `given` in their place.
 
     Raises SettingsError for an unknown `CLARIFIER_` name, a value out of range, or two that contradict.
     """
@@ -201,7 +213,7 @@ def load_settings() -> Settings:
         if name.upper().startswith(PREFIX) and name.upper() not in known:
             raise SettingsError(f"{name} is not a setting of Clarifier")
     try:
-        return Settings()
+        return Settings(**given)  # type: ignore[arg-type]
     except ValidationError as error:
         raise SettingsError(_one_line(error)) from None
 

@@ -158,7 +158,7 @@ def _context_of(traceparent: str) -> SpanContext | None:
 def _laid_out(record: Record) -> list[tuple[str, float, float]]:
     """Name, start and seconds of each stage: the engine's end when the answer came, and the wait ends before them."""
     laid = list[tuple[str, float, float]]()
-    for stage in ("decode", "encode"):
+    for stage in ("decode", "encode", "predict"):
         if stage in record.timing_ms:
             seconds = record.timing_ms[stage] / 1000
             laid.append((stage, record.timed_at[stage] - seconds, seconds))

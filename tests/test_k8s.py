@@ -15,25 +15,32 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from cloudcoil.models.keda import v1alpha1 as keda
+from cloudcoil.models.prometheus_operator import v1 as prometheus_operator
+from pydantic import BaseModel
 
 from monitoring.prometheus_rule import WRITTEN, prometheus_rule
 from service.app import create_app
 from service.settings import PREFIX, Settings
+from service.transformer import settings_of
 from tests.test_compose import COMPOSE
 from tests.test_dockerfile import STAGES, said
 
 ROOT = Path(__file__).parent.parent
 K8S = ROOT / "k8s"
-OVERLAYS = ["overlays/cpu", "overlays/gpu", "overlays/keda", "overlays/kserve", "training"]
 SERVING = ["overlays/cpu", "overlays/gpu", "overlays/keda"]
+KSERVE = ["overlays/kserve", "overlays/kserve-transformer"]
+OVERLAYS = [*SERVING, *KSERVE, "training"]
 VERSION = "1.32"
 OURS = ("clarifier:cpu", "clarifier:cuda", "clarifier:training")
-DEFINED = {
-    "keda.sh/v1alpha1": "ScaledObject",
-    "monitoring.coreos.com/v1": ("PodMonitor", "PrometheusRule"),
-    "serving.kserve.io/v1beta1": "InferenceService",
+DEFINED: dict[str, type[BaseModel]] = {
+    "ScaledObject": keda.ScaledObject,
+    "PodMonitor": prometheus_operator.PodMonitor,
+    "PrometheusRule": prometheus_operator.PrometheusRule,
 }
-"""Kinds that operators define: Kubernetes' own schemas do not know them."""
+"""Kinds that operators define: Kubernetes' own schemas do not know them. KServe's are not to be had as a package."""
+COMPONENT = {"minReplicas", "maxReplicas", "scaleMetric", "scaleTarget", "model"}
+"""What a predictor or a transformer of KServe has beside the fields of a pod."""
 
 pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
 
@@ -62,7 +69,8 @@ def pods(overlay: str) -> Iterator[tuple[str, Object]]:
         if each["kind"] in ("Deployment", "StatefulSet", "Job"):
             yield each["metadata"]["name"], each["spec"]["template"]["spec"]
         elif each["kind"] == "InferenceService":
-            yield each["metadata"]["name"], each["spec"]["predictor"]
+            component = each["spec"].get("transformer", each["spec"]["predictor"])
+            yield each["metadata"]["name"], {key: value for key, value in component.items() if key not in COMPONENT}
 
 
 def containers(overlay: str) -> Iterator[tuple[str, Object]]:
@@ -73,7 +81,7 @@ def containers(overlay: str) -> Iterator[tuple[str, Object]]:
 
 def environment(overlay: str, container: Object) -> dict[str, str]:
     """What of ours its process finds."""
-    given = {each["name"]: each["value"] for each in container.get("env", ())}
+    given = {each["name"]: each["value"] for each in container.get("env", ()) if each["name"] != "PROTOCOL"}
     for source in container.get("envFrom", ()):
         (config,) = found(overlay, "ConfigMap", source["configMapRef"]["name"])
         given |= config["data"]
@@ -83,9 +91,32 @@ def environment(overlay: str, container: Object) -> dict[str, str]:
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_the_schemas_take_every_object(overlay: str) -> None:
     for each in rendered(overlay):
-        if each["kind"] in DEFINED.get(each["apiVersion"], ()):
-            continue
+        if (kind := DEFINED.get(each["kind"])) is not None:
+            known = kind.model_validate(each).model_dump(mode="json", by_alias=True, exclude_unset=True)
+            assert known == each, "a field that the operator does not know"
+        elif each["kind"] != "InferenceService":
+            kubernetes_validate.validate(each, VERSION, strict=True)
+
+
+@pytest.mark.parametrize("overlay", KSERVE)
+def test_what_kserve_makes_a_pod_of_is_one(overlay: str) -> None:
+    for name, pod in pods(overlay):
+        each = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": pod}
         kubernetes_validate.validate(each, VERSION, strict=True)
+        (container,) = pod["containers"]
+        assert container["name"] == "kserve-container"
+        assert {"name": "PROTOCOL", "value": "v2"} in container["env"]
+
+
+def test_a_transformer_starts_with_the_arguments_that_kserve_appends() -> None:
+    ((name, pod),) = pods("overlays/kserve-transformer")
+    (container,) = pod["containers"]
+    module, *given = container["args"]
+    assert module == "service.transformer"
+    appended = ["--model_name", name, "--predictor_host", f"{name}-predictor.clarifier"]
+    settings = Settings.model_validate(settings_of([*given, *appended]))
+    assert settings.predictor_url == f"http://{name}-predictor.clarifier"
+    assert settings.port == container["ports"][0]["containerPort"]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -128,7 +159,7 @@ def test_images_are_ours_or_those_of_compose(overlay: str) -> None:
     assert users == {int(said("cpu", "USER")[-1].partition(":")[0])}
 
 
-@pytest.mark.parametrize("overlay", [*SERVING, "overlays/kserve"])
+@pytest.mark.parametrize("overlay", [*SERVING, *KSERVE])
 def test_every_name_of_the_environment_is_a_setting(overlay: str) -> None:
     for image, container in containers(overlay):
         given = environment(overlay, container)
@@ -143,7 +174,7 @@ def test_every_name_of_the_environment_is_a_setting(overlay: str) -> None:
             assert {f"{place}/{key}" for key in keys} == {secret}
 
 
-@pytest.mark.parametrize("overlay", [*SERVING, "overlays/kserve"])
+@pytest.mark.parametrize("overlay", [*SERVING, *KSERVE])
 def test_probes_ask_routes_that_are_there_on_a_port_that_is(overlay: str) -> None:
     app = create_app(Settings())
     paths = set(app.openapi()["paths"])
@@ -160,7 +191,7 @@ def test_probes_ask_routes_that_are_there_on_a_port_that_is(overlay: str) -> Non
         assert container["livenessProbe"]["httpGet"]["path"].endswith(("/livez", "/live"))
 
 
-@pytest.mark.parametrize("overlay", [*SERVING, "overlays/kserve"])
+@pytest.mark.parametrize("overlay", [*SERVING, *KSERVE])
 def test_a_pod_may_end_before_it_is_killed(overlay: str) -> None:
     for name, pod in pods(overlay):
         if name == "redis":

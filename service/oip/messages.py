@@ -33,6 +33,9 @@ MAX_PROBLEMS = 8
 SPARE_VALUES = 4096
 """Values that JSON may have besides the numbers of images."""
 
+Images = list[bytes] | Floats
+"""Of a request: files, or numbers in [0, 1], (n, 3, H, W)."""
+
 
 class Member(BaseModel):
     """Of a request's JSON: types are not converted, and an unknown member is an error."""
@@ -133,23 +136,48 @@ def outputs_of(manifest: Manifest) -> dict[str, tuple[str, list[int]]]:
 
 def read_inference(
     body: bytes, json_lengths: Sequence[str], manifest: Manifest, max_images: int, max_bytes: int
-) -> tuple[Inference, list[bytes] | Floats]:
+) -> tuple[Inference, Images]:
     """What `body` asks of the model of `manifest`, and its images: files, or numbers (n, 3, H, W).
 
     `json_lengths` are the values of the header Inference-Header-Content-Length; there is one if tensors are binary.
     Raises MalformedJson, MalformedTensor, BadBase64, InvalidInference, InvalidParameter, TooManyImages, BodyTooLarge.
     """
-    message, binary = _split(body, json_lengths)
-    samples = 3 * manifest.input_size[0] * manifest.input_size[1]
-    request = _request(read_json(message, 2 * max_images * samples + SPARE_VALUES))
-    if request.model_name not in (None, manifest.name, f"{manifest.name}@{manifest.version}"):
-        raise InvalidInference("the model_name is not that of the address")
+    request, binary = _read_request(body, json_lengths, manifest, max_images)
+    _check_name(request, manifest.name, f"{manifest.name}@{manifest.version}")
     parameters = validated(InferParameters, request.parameters or {}, "parameters")
     outputs = request.outputs or [Output(name=name) for name in DEFAULT_OUTPUTS]
     _check_outputs(outputs, manifest)
-    tensor = _only_input(request.inputs, manifest)
-    _check_shape(tensor, manifest, max_images)
-    return Inference(request.id, parameters, outputs), _images(tensor, binary, max_bytes)
+    return Inference(request.id, parameters, outputs), _read_images(request, binary, manifest, max_images, max_bytes)
+
+
+def read_passage(
+    body: bytes, json_lengths: Sequence[str], manifest: Manifest, max_images: int, max_bytes: int, *, model: str
+) -> tuple[Inference, Images]:
+    """As `read_inference`, where `model` is a predictor's: its outputs are not known here, and none stands for all.
+
+    The images are still what the model of `manifest`, which purifies them, takes.
+    """
+    request, binary = _read_request(body, json_lengths, manifest, max_images)
+    _check_name(request, model)
+    parameters = validated(InferParameters, request.parameters or {}, "parameters")
+    if parameters.votes > 1:
+        raise InvalidInference("votes are averaged probabilities, and a predictor's answer is not ours to average")
+    inference = Inference(request.id, parameters, request.outputs or ())
+    return inference, _read_images(request, binary, manifest, max_images, max_bytes)
+
+
+def _read_request(
+    body: bytes, json_lengths: Sequence[str], manifest: Manifest, max_images: int
+) -> tuple[InferRequest, memoryview]:
+    """The JSON of `body`, and what is behind it."""
+    message, binary = _split(body, json_lengths)
+    samples = 3 * manifest.input_size[0] * manifest.input_size[1]
+    return _request(read_json(message, 2 * max_images * samples + SPARE_VALUES)), binary
+
+
+def _check_name(request: InferRequest, *names: str) -> None:
+    if request.model_name not in (None, *names):
+        raise InvalidInference("the model_name is not that of the address")
 
 
 def _split(body: bytes, json_lengths: Sequence[str]) -> tuple[memoryview, memoryview]:
@@ -256,7 +284,15 @@ def _check_shape(tensor: Input, manifest: Manifest, max_images: int) -> None:
         raise TooManyImages(f"a request may hold {max_images} images", limit=max_images, actual=tensor.shape[0])
 
 
-def _images(tensor: Input, binary: memoryview, max_bytes: int) -> list[bytes] | Floats:
+def _read_images(
+    request: InferRequest, binary: memoryview, manifest: Manifest, max_images: int, max_bytes: int
+) -> Images:
+    tensor = _only_input(request.inputs, manifest)
+    _check_shape(tensor, manifest, max_images)
+    return _images(tensor, binary, max_bytes)
+
+
+def _images(tensor: Input, binary: memoryview, max_bytes: int) -> Images:
     size = tensor.binary_data_size
     if (size is None) == (tensor.data is None):
         raise InvalidInference(f"{tensor.name} has either data or a binary_data_size")

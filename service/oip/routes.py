@@ -8,49 +8,40 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from copy import copy
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
 from numpy.typing import NDArray
-from pydantic_core import to_json
 
 from service.answering import answer_all
 from service.answers import SCORE_DIGITS, top
 from service.downloads import Download, sending_time_s
-from service.errors import ClarifierError, InvalidInference, NotReady
+from service.errors import InvalidInference, NotReady
 from service.gateway import gateway_of
-from service.images import Decoded
-from service.oip.messages import Inference, Output, inputs_of, outputs_of, read_inference, write_response
+from service.oip.messages import Images, Inference, Output, inputs_of, outputs_of, read_inference, write_response
+from service.oip.steps import (
+    FLOAT_BYTES,
+    JSON_FLOAT_BYTES,
+    JSON_LENGTH,
+    SAYS,
+    described,
+    health,
+    json_response,
+    prepare,
+    read_body,
+    sound,
+)
 from service.openapi import BINARY, documented_inference
 from service.parameters import ClassifyParameters, ModelParameters, NoParameters, read_parameters
 from service.probes import GET_AND_HEAD
-from service.questions import (
-    Prepared,
-    Question,
-    ask_with,
-    check_rights,
-    decode,
-    decode_all,
-    draw_seed,
-    in_thread,
-    refine,
-)
+from service.questions import Question, ask_with, draw_seed, in_thread, refine
 from service.queue import Completed, Outcome
 from service.repository import DescribedBundle
-from service.uploads import QUICK_FORM_BYTES, batch_body_bytes, read_message
-from service.work import Classified, Floats, Operation, Pixels
+from service.work import Classified, Operation
 
 EXTENSIONS = ("binary_tensor_data", "classification", "parameters", "schedule_policy")
 """Of Triton's; each has its tests."""
-JSON_LENGTH = "Inference-Header-Content-Length"
-MEDIA_TYPES = ("", "application/json", "application/octet-stream")
-"""Clients send none, or the one for JSON and the other for JSON with binary tensors behind it."""
-FLOAT_BYTES = 4
-JSON_FLOAT_BYTES = 64
-"""Of a number on its way into JSON: an object, its place in a list, and its digits."""
-ERROR = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
 ANSWER = {
     "type": "object",
     "required": ["model_name", "model_version", "outputs"],
@@ -59,11 +50,6 @@ ANSWER = {
     },
 }
 
-T = TypeVar("T")
-
-SAYS: dict[int | str, dict[str, Any]] = {
-    "default": {"description": "An error", "content": {"application/json": {"schema": ERROR}}}
-}
 oip = APIRouter(responses=SAYS, tags=["open inference protocol"])
 """Models, which need a key where there are keys."""
 oip_server = APIRouter(responses=SAYS, tags=["open inference protocol"])
@@ -73,26 +59,26 @@ oip_server = APIRouter(responses=SAYS, tags=["open inference protocol"])
 @oip_server.get("/v2", summary="What speaks here")
 async def server(request: Request) -> Response:
     read_parameters(NoParameters, request)
-    return _json({"name": "clarifier", "version": request.app.version, "extensions": EXTENSIONS})
+    return json_response({"name": "clarifier", "version": request.app.version, "extensions": EXTENSIONS})
 
 
 @oip_server.get("/v2/health/live", summary="As /livez")
 @oip_server.api_route("/v2/health/live", methods=GET_AND_HEAD, include_in_schema=False)
 async def live(request: Request) -> Response:
-    return _health("live", gateway_of(request).why_not_live())
+    return health("live", gateway_of(request).why_not_live())
 
 
 @oip_server.get("/v2/health/ready", summary="As /readyz")
 @oip_server.api_route("/v2/health/ready", methods=GET_AND_HEAD, include_in_schema=False)
 async def ready(request: Request) -> Response:
-    return _health("ready", gateway_of(request).why_not_ready())
+    return health("ready", gateway_of(request).why_not_ready())
 
 
 @oip.get("/v2/models/{name}/ready", summary="Whether a model is loaded, and the service ready")
 @oip.get("/v2/models/{name}/versions/{version}/ready", include_in_schema=False)
 async def model_ready(request: Request, name: str) -> Response:
     read_parameters(NoParameters, request)
-    return _health("ready", gateway_of(request).why_not_ready(), name=_bundle(request).manifest.name)
+    return health("ready", gateway_of(request).why_not_ready(), name=_bundle(request).manifest.name)
 
 
 @oip.get("/v2/models/{name}", summary="Inputs and outputs of a model")
@@ -101,13 +87,13 @@ async def model(request: Request, name: str) -> Response:
     read_parameters(NoParameters, request)
     gateway = gateway_of(request)
     manifest = _bundle(request).manifest
-    return _json(
+    return json_response(
         {
             "name": manifest.name,
             "versions": [info.version for info in gateway.catalog.describe(manifest.name)],
             "platform": f"clarifier_{gateway.settings.engine}",
-            "inputs": _described(inputs_of(manifest)),
-            "outputs": _described(outputs_of(manifest)),
+            "inputs": described(inputs_of(manifest)),
+            "outputs": described(outputs_of(manifest)),
         }
     )
 
@@ -124,13 +110,9 @@ async def model(request: Request, name: str) -> Response:
 async def infer(request: Request, name: str) -> Response:
     read_parameters(NoParameters, request)
     with ask_with(request, Operation.CLASSIFY, ModelParameters.model_construct(model=_wanted(request))) as asked:
-        inference, images = await _read(asked, request)
+        inference, images = await read_body(asked, request, read_inference)
         question = _question(asked, inference, images)
-        check_rights(request, question.key, question.catalog)
-        if question.gateway.access is not None:
-            await question.gateway.access.count_images(request.scope, len(images))
-        question.batcher.reserve(question.places, len(images))
-        prepared = await _prepare(question, images)
+        prepared = await prepare(question, request, images)
         del images  # may be large
         seeds = [draw_seed(question) for _ in prepared]
         with question.gateway.uploads.account() as answers:
@@ -162,25 +144,7 @@ def _bundle(request: Request) -> DescribedBundle:
     return gateway.catalog.find(_wanted(request))[1]
 
 
-async def _read(asked: Question[ModelParameters], request: Request) -> tuple[Inference, list[bytes] | Floats]:
-    """What the body asks, and its images; a small body is read at once, others in a thread."""
-    settings = asked.gateway.settings
-    limits = (settings.max_batch_size, settings.max_image_bytes)
-    times = (settings.body_timeout_s, asked.deadline)
-    body = await read_message(request, asked.account, MEDIA_TYPES, batch_body_bytes(*limits), *times)
-    lengths = request.headers.getlist(JSON_LENGTH)
-    if len(body) <= QUICK_FORM_BYTES:
-        inference, images = read_inference(body, lengths, asked.manifest, *limits)
-    else:
-        inference, images = await in_thread(asked, read_inference, body, lengths, asked.manifest, *limits)
-    if isinstance(images, np.ndarray):  # which JSON may have spent fewer bytes on than memory does
-        asked.account.add(max(0, images.nbytes - len(body)))
-    return inference, images
-
-
-def _question(
-    asked: Question[ModelParameters], inference: Inference, images: list[bytes] | Floats
-) -> Question[ClassifyParameters]:
+def _question(asked: Question[ModelParameters], inference: Inference, images: Images) -> Question[ClassifyParameters]:
     """The question with what its body says."""
     said = inference.parameters
     explain, purified = inference.wants("aid_score"), inference.wants("purified")
@@ -192,24 +156,6 @@ def _question(
     if purified and question.key.votes > 1:
         raise InvalidInference("purified is one draw of a random defense: there is none for several votes")
     return question
-
-
-async def _prepare(question: Question[ClassifyParameters], images: list[bytes] | Floats) -> list[Prepared]:
-    """The images as the queue takes them. Raises what is wrong with the first that is wrong."""
-    if isinstance(images, np.ndarray):
-        question.record.bytes = images.nbytes
-        return [_as_they_are(image) for image in images]
-    question.record.bytes = sum(map(len, images))
-    if len(images) == 1:
-        return [await decode(question, images[0])]
-    return _sound(await decode_all(question, images))
-
-
-def _as_they_are(image: Floats) -> Prepared:
-    """An image (3, H, W) of numbers, which needs no decoder: (H, W, 3), not a copy."""
-    pixels = image.transpose(1, 2, 0)
-    # The queue only carries its images; the key says to the engine what they are.
-    return Prepared(Decoded(cast(Pixels, pixels), "", pixels.shape[1], pixels.shape[0]), 0.0)
 
 
 def _purified_bytes(question: Question[ClassifyParameters], inference: Inference, count: int) -> int:
@@ -226,21 +172,11 @@ def _purified_bytes(question: Question[ClassifyParameters], inference: Inference
 # --- answers
 
 
-def _sound(outcomes: Sequence[T | ClarifierError]) -> list[T]:
-    """All of `outcomes`. Raises the first error among them; of several images it names the one."""
-    for number, outcome in enumerate(outcomes):
-        if isinstance(outcome, ClarifierError):
-            error = copy(outcome)  # which other requests may have got too
-            error.detail = outcome.detail if len(outcomes) == 1 else f"image {number}: {outcome.detail}"
-            raise error
-    return [outcome for outcome in outcomes if not isinstance(outcome, ClarifierError)]
-
-
 async def _write(
     question: Question[ClassifyParameters], inference: Inference, outcomes: Sequence[Outcome], seeds: Sequence[int]
 ) -> tuple[bytes, int | None]:
     """The body, and the length of its JSON if there is more; purified images are written in a thread."""
-    completed = _sound(outcomes)
+    completed = sound(outcomes)
     if not question.key.purified:
         return _body(question, inference, completed, seeds)
     started = time.monotonic()
@@ -290,17 +226,3 @@ def _ranking(answer: Classified, classes: tuple[str, ...], count: int) -> list[s
 
 def _strings(texts: Sequence[Any]) -> NDArray[Any]:
     return np.array(texts, object)
-
-
-def _health(good: str, reason: str | None, **named: str) -> Response:
-    if reason is None:
-        return _json({**named, good: True})
-    return _json({**named, good: False, "error": f"not {good}: {reason}"}, 503)
-
-
-def _described(tensors: dict[str, tuple[str, list[int]]]) -> list[dict[str, Any]]:
-    return [{"name": name, "datatype": datatype, "shape": shape} for name, (datatype, shape) in tensors.items()]
-
-
-def _json(answer: dict[str, Any], status: int = 200) -> Response:
-    return Response(to_json(answer), status, media_type="application/json")

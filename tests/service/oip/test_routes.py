@@ -19,7 +19,8 @@ from tritonclient.utils import InferenceServerException
 
 from service.app import create_app
 from service.images import to_floats
-from service.oip.routes import EXTENSIONS, JSON_FLOAT_BYTES
+from service.oip.routes import EXTENSIONS
+from service.oip.steps import JSON_FLOAT_BYTES
 from service.settings import Settings
 from service.work import Floats, Pixels
 from tests.service.conftest import Running, running, until
