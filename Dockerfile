@@ -26,12 +26,12 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN --mount=type=cache,target=/root/.cache/pip \
     /opt/pip/bin/pip --python /opt/clarifier/bin/python install --no-deps --index-url "${TORCH_INDEX}" \
         "$(grep --only-matching '^torch==[^ ]*' requirements.lock)" \
-    && /opt/pip/bin/pip --python /opt/clarifier/bin/python install --constraint requirements.lock '.[service,tracing]' \
+    && /opt/pip/bin/pip --python /opt/clarifier/bin/python install --constraint requirements.lock '.[service,tracing,evidence]' \
     && /opt/clarifier/bin/python -c 'import sys, torch; sys.exit("this torch is for CUDA" if torch.version.cuda else 0)'
 
 FROM build AS build-cuda
 RUN --mount=type=cache,target=/root/.cache/pip \
-    /opt/pip/bin/pip --python /opt/clarifier/bin/python install --constraint requirements.lock '.[service,tracing]'
+    /opt/pip/bin/pip --python /opt/clarifier/bin/python install --constraint requirements.lock '.[service,tracing,evidence]'
 
 FROM build-cpu AS build-training
 RUN --mount=type=cache,target=/root/.cache/pip \

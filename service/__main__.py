@@ -41,6 +41,7 @@ from service.reloading import on_hangup
 from service.settings import PREFIX, Settings, SettingsError, load_settings
 from service.tracing import check_tracing
 from service.uploads import batch_body_bytes
+from service.watch.evidence import check_evidence
 
 logger = logging.getLogger("service")
 
@@ -214,6 +215,7 @@ def start(**given: object) -> None:
             check_device(settings)
         _check_keys(settings)
         check_tracing()
+        check_evidence(settings)
         listener = _listen(settings)
     except SettingsError as error:
         print(error, file=sys.stderr)

@@ -16,6 +16,7 @@ from service.questions import QUICK_HASH_BYTES, Prepared, Question, in_thread
 from service.queue import Completed, Outcome
 from service.record import Record
 from service.remote.wire import fits
+from service.watch.cases import Case
 from service.work import Answer, Classified, Pixels, Purified, is_degraded
 
 
@@ -54,7 +55,9 @@ async def answer_all(
     if len(outcomes) == 1 and isinstance(outcomes[0], Completed):
         _note_verdict(question.record, outcomes[0].answer, manifest)
     if watch is not None:
-        watch.note_outcomes(question.key, pixels, outcomes)
+        told, key = question.record, question.key
+        asked = zip(pixels, seeds, strict=True)
+        watch.note_outcomes([Case(key, image, seed, told.request_id, told.key) for image, seed in asked], outcomes)
     return outcomes
 
 

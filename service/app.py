@@ -77,7 +77,7 @@ def create_app(
         memory=memory,
         tracing=create_tracing("gateway"),
     )
-    if settings.similarity_limit or settings.shadow_rate:
+    if settings.similarity_limit or settings.shadow_rate or settings.evidence_dir is not None:
         gateway.watch = AttackWatch(gateway, MemoryFamilies() if shared is None else shared.families)
     models = oip
     if settings.predictor_url is not None:

@@ -97,6 +97,7 @@ class Metrics:
         self.redis_errors = self._counter("redis_errors", "What failed with Redis.", ("op",))
         _begin(self.cache_requests, CACHE_RESULTS)
         _begin(self.redis_errors, REDIS_OPS)
+        self.evidence = self._counter("evidence", "Cases of evidence, by what became of them.", ("outcome",))
         self.jobs = self._gauge("jobs", "Jobs that are not done.")
         self.job_images = self._counter("job_images", "Images of jobs that were answered here.", ("outcome",))
         self.model_info = self._gauge("model_info", "1 for each loaded bundle.", ("model", "digest", "device"))

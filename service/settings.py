@@ -115,6 +115,14 @@ class Settings(BaseSettings):
     """Near-duplicates of one image that a client may send before each further one is an alert; 0: nobody looks."""
     shadow_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
     """The share of answered images that are also run undefended and scored by AID, beside the requests, for metrics."""
+    evidence_dir: Path | None = None
+    """Where images that looked unnatural to AID are kept, encrypted, with what became of them. Unset: nowhere."""
+    evidence_recipient: str | None = None
+    """Whom they are encrypted to: a public key of age, `age1...`."""
+    evidence_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """The share of them that is kept."""
+    evidence_days: Annotated[float, Field(gt=0, le=3650)] = 30.0
+    """After which they are deleted."""
 
     drain_delay_s: NonNegativeFloat = 0.0
     """After SIGTERM: not ready, but still accepting, until load balancers have noticed."""
@@ -151,6 +159,8 @@ class Settings(BaseSettings):
             raise ValueError(_contradiction("MAX_BATCH_SIZE is larger than MAX_QUEUE_SIZE"))
         if self.max_queue_delay_ms >= self.request_timeout_ms:
             raise ValueError(_contradiction("MAX_QUEUE_DELAY_MS is not below REQUEST_TIMEOUT_MS"))
+        if (self.evidence_dir is None) != (self.evidence_recipient is None):
+            raise ValueError(_contradiction("EVIDENCE_DIR and EVIDENCE_RECIPIENT need each other"))
         return self
 
     @model_validator(mode="after")

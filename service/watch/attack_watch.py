@@ -1,4 +1,4 @@
-"""What looks at traffic beside the requests: near-duplicates, and a sample that is run undefended."""
+"""What looks at traffic beside the requests: near-duplicates, a sample that is run undefended, and evidence."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from starlette.types import Scope
 
 from service.access import key_of, owner_of
 from service.queue import Completed, Outcome
+from service.watch.cases import Case
+from service.watch.evidence import Evidence, check_evidence
 from service.watch.families import Families
 from service.watch.shadow import Shadow
 from service.watch.similarity import Query, SimilarityWatch
-from service.work import Key, Pixels
+from service.work import Pixels, Purified
 
 if TYPE_CHECKING:  # which has one of these
     from service.gateway import Gateway
@@ -27,12 +29,15 @@ class AttackWatch:
 
     def __init__(self, gateway: Gateway, families: Families) -> None:
         settings = gateway.settings
+        self._gateway = gateway
         self._similarity = (
             SimilarityWatch(settings.similarity_limit, families, gateway.metrics, gateway.decoders)
             if settings.similarity_limit
             else None
         )
-        self._shadow = Shadow(gateway, settings.shadow_rate) if settings.shadow_rate else None
+        self._shadow = Shadow(gateway, settings.shadow_rate, self._note_score) if settings.shadow_rate else None
+        recipient = check_evidence(settings)
+        self._evidence = None if recipient is None else Evidence(gateway, recipient)
 
     def note_queries(self, scope: Scope, images: Sequence[Pixels]) -> None:
         """The client of the request `scope` asks about these images."""
@@ -42,14 +47,25 @@ class AttackWatch:
         for image in images:
             self._similarity.note(Query(who, NO_KEY if key is None else key.name, image))
 
-    def note_outcomes(self, key: Key, images: Sequence[Pixels], outcomes: Sequence[Outcome]) -> None:
-        """They were asked `key`, and this became of them."""
-        if self._shadow is None:
+    def note_outcomes(self, cases: Sequence[Case], outcomes: Sequence[Outcome]) -> None:
+        """This became of them."""
+        for case, outcome in zip(cases, outcomes, strict=True):
+            if not isinstance(outcome, Completed):
+                continue
+            if self._shadow is not None:
+                self._shadow.note(case, outcome.answer)
+            if not isinstance(outcome.answer, Purified):
+                self._note_score(case, outcome.answer.aid_score)
+
+    def _note_score(self, case: Case, score: float | None) -> None:
+        if self._evidence is None or score is None:
             return
-        for image, outcome in zip(images, outcomes, strict=True):
-            if isinstance(outcome, Completed):
-                self._shadow.note(key, image, outcome.answer)
+        bundle = self._gateway.catalog.bundles.get(case.key.model)
+        threshold = None if bundle is None else bundle.manifest.aid_threshold
+        if threshold is not None and score < threshold:
+            self._evidence.note(case, score)
 
     def loops(self) -> list[Coroutine[None, None, None]]:
         """For tasks that live as long as the application."""
-        return [part.run() for part in (self._similarity, self._shadow) if part is not None]
+        loops = [part.run() for part in (self._similarity, self._shadow, self._evidence) if part is not None]
+        return loops if self._evidence is None else [*loops, self._evidence.sweep()]

@@ -31,7 +31,7 @@ CONTRACT = {
     "event_loop_lag_seconds", "jobs", "job_images_total", "requests_in_progress", "request_size_bytes",
     "batches_total", "queue_capacity", "queue_oldest_seconds", "queue_lag", "queue_wait_seconds", "ready",
     "build_info", "purification_linf", "compared_total", "engine_seconds_total", "engine_images_total",
-    "cost_seconds_total", "shadowed_total", "near_duplicates_total", "similarity_skipped_total",
+    "cost_seconds_total", "shadowed_total", "evidence_total", "near_duplicates_total", "similarity_skipped_total",
 }  # fmt: skip
 
 
