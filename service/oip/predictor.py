@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Annotated, Any, TypeVar
 
 import httpx2
@@ -148,6 +149,8 @@ class Predictor:
     def __init__(self, url: str) -> None:
         self._client = httpx2.AsyncClient(
             base_url=url,
+            headers={"Accept-Encoding": "identity"},
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # none is kept: clients have nothing in common
             timeout=httpx2.Timeout(None, connect=CONNECT_S),
             transport=httpx2.AsyncHTTPTransport(limits=POOL, trust_env=False, retries=1),  # of connecting, no more
             trust_env=False,

@@ -149,6 +149,15 @@ def test_the_predictor_is_described_once_a_minute(pair: Pair) -> None:
     assert own.described == 1
 
 
+def test_nothing_of_one_clients_answer_goes_with_anothers_question(pair: Pair) -> None:
+    server, own = pair()
+    own.answer = JSONResponse({"outputs": []}, headers={"Set-Cookie": "session=1; Path=/"})
+    assert asked(server).status_code == 200
+    assert asked(server).status_code == 200
+    assert "cookie" not in own.headers[1]
+    assert own.headers[1]["accept-encoding"] == "identity"
+
+
 # --- what is there
 
 
