@@ -46,7 +46,7 @@ def test_row_71_what_a_dead_worker_had_another_runs(farm: Farm) -> None:
 
 def test_an_entry_that_kills_its_workers_is_parked_and_its_neighbors_are_answered(farm: Farm) -> None:
     server = farm.gateway(request_timeout_ms=60_000)
-    first = farm.worker(delay_s=0.5)
+    farm.worker(delay_s=0.5)
     ready(server)
     stopping = threading.Event()
     keeper = threading.Thread(target=_keep_two, args=(farm, stopping))
@@ -64,7 +64,7 @@ def test_an_entry_that_kills_its_workers_is_parked_and_its_neighbors_are_answere
         finally:
             stopping.set()
             keeper.join()
-    assert first.poll() == -9
+    assert [worker.poll() for worker in farm.workers].count(-9) == 3  # whichever took it
     assert farm.redis.client().xlen(PARKED) == 1
     until(lambda: farm.waiting() == 0)
 
