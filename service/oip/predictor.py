@@ -73,10 +73,6 @@ class _Model(BaseModel):
 M = TypeVar("M", bound=BaseModel)
 
 
-class _Broken(PredictorFailed):
-    """The connection broke before there was an answer."""
-
-
 @dataclass(frozen=True, slots=True)
 class ImageInput:
     """How a model of the predictor takes images; -1 in the place of a size takes any."""
@@ -191,7 +187,9 @@ class Predictor:
         try:
             try:
                 return await self._infer(path, message, headers, account, deadline)
-            except _Broken:
+            except PredictorFailed as error:
+                if not isinstance(error.__cause__, httpx2.HTTPError):
+                    raise
                 return await self._infer(path, message, headers, account, deadline)
         except (InvalidInference, UnknownModel):
             self._known.pop(path, None)  # it may have been given another model
@@ -227,8 +225,8 @@ class Predictor:
             raise DeadlineExceeded("the predictor has not answered in time") from None
         except (httpx2.ConnectError, httpx2.ConnectTimeout):
             raise PredictorFailed("it cannot be reached") from None
-        except httpx2.HTTPError:
-            raise _Broken("the connection to it broke") from None
+        except httpx2.HTTPError as error:
+            raise PredictorFailed("the connection to it broke") from error
 
 
 def model_path(name: str, version: str | None) -> str:
