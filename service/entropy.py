@@ -6,6 +6,8 @@ import os
 import threading
 
 FETCHED_BYTES = 4096
+FRACTION_BITS = 53
+"""Of a drawn fraction: as many as a double has."""
 
 
 class Entropy:
@@ -28,3 +30,7 @@ class Entropy:
         """A number of at most `count` bits, each of them as likely."""
         size = (count + 7) // 8
         return int.from_bytes(self.take(size), "little") >> (8 * size - count)
+
+    def happens(self, rate: float) -> bool:
+        """True for the share `rate` of all calls, drawn anew for each."""
+        return self.bits(FRACTION_BITS) < rate * (1 << FRACTION_BITS)

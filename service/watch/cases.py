@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from service.errors import UnknownModel
 from service.queue import Outcome
@@ -13,6 +14,9 @@ from service.work import Key, Pixels
 
 if TYPE_CHECKING:  # which has what runs cases again
     from service.gateway import Gateway
+
+T = TypeVar("T")
+K = TypeVar("K")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,3 +52,15 @@ async def run_again(gateway: Gateway, key: Key, cases: Sequence[Case]) -> list[O
         return await queue.wait(items)
     finally:
         visit.end()
+
+
+async def run_in_batches(
+    ones: Sequence[T], key_of: Callable[[T], K], most: int, run: Callable[[K, Sequence[T]], Coroutine[None, None, None]]
+) -> None:
+    """`run` those of `ones` that have the same key together, at most `most` at once, one batch after the other, each in
+    a task of its own, as `run_again` wants it.
+    """
+    for key in dict.fromkeys(map(key_of, ones)):
+        alike = [one for one in ones if key_of(one) == key]
+        for start in range(0, len(alike), most):
+            await asyncio.create_task(run(key, alike[start : start + most]))

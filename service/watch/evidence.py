@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from service.errors import ClarifierError
 from service.images import encode_pixels, to_bytes
 from service.queue import Completed
 from service.settings import PREFIX, Settings, SettingsError
-from service.watch.cases import Case, run_again
+from service.watch.cases import Case, run_again, run_in_batches
 from service.watch.inbox import Inbox
 from service.work import Floats, Key, Operation, Purified
 
@@ -47,8 +48,6 @@ MAX_FILES = 10_000
 """In the folder: who sends attacks decides how many cases there are, and must not fill a disk."""
 NAME = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{16}\.zip\.age")
 """Of our files: nothing else in the folder is counted or deleted."""
-PRECISION = 53
-"""Bits of a drawn fraction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +99,7 @@ class Evidence:
 
     def note(self, case: Case, score: float) -> None:
         """AID has found the image of `case` unnatural."""
-        if self._gateway.entropy.bits(PRECISION) >= self._rate * 2**PRECISION:
+        if not self._gateway.entropy.happens(self._rate):
             return
         if self._files >= MAX_FILES or not self._inbox.put(Flagged(case, score), case.image.nbytes):
             self._count("skipped", 1)
@@ -110,10 +109,7 @@ class Evidence:
         while True:
             flagged = await self._inbox.take(GATHER_S)
             most = self._gateway.settings.max_batch_size
-            for key in dict.fromkeys(one.purify_key for one in flagged):
-                alike = [one for one in flagged if one.purify_key == key]
-                for start in range(0, len(alike), most):
-                    await asyncio.create_task(self._keep_all(key, alike[start : start + most]))
+            await run_in_batches(flagged, attrgetter("purify_key"), most, self._keep_all)
 
     async def sweep(self) -> None:
         """For ever: delete what is older than it may be."""

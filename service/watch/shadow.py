@@ -6,15 +6,15 @@ queue that is more than half full is skipped.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from service.errors import ClarifierError, Draining, NotReady, Overloaded
 from service.queue import Completed, Outcome
-from service.watch.cases import Case, run_again
+from service.watch.cases import Case, run_again, run_in_batches
 from service.watch.inbox import Inbox
 from service.work import Answer, Classified, Detected, Key, Operation
 
@@ -27,8 +27,6 @@ GATHER_S = 0.25
 """For company: what is sampled meanwhile runs together."""
 REFUSALS = (Overloaded, NotReady, Draining)
 """That Redis mode answers later."""
-PRECISION = 53
-"""Bits of a drawn fraction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +57,7 @@ class Shadow:
         """Run `case` again soon, perhaps. An `answer` that says it all by itself is not run again."""
         if isinstance(answer, Detected) or (isinstance(answer, Classified) and answer.undefended is not None):
             return
-        if self._gateway.entropy.bits(PRECISION) >= self._rate * 2**PRECISION:
+        if not self._gateway.entropy.happens(self._rate):
             return
         label = int(answer.probabilities.argmax()) if isinstance(answer, Classified) else None
         sample = Sample(case, None if case.key.defense == "none" else label)
@@ -71,10 +69,7 @@ class Shadow:
         while True:
             samples = await self._inbox.take(GATHER_S)
             most = self._gateway.settings.max_batch_size
-            for key in dict.fromkeys(sample.shadow_key for sample in samples):
-                alike = [sample for sample in samples if sample.shadow_key == key]
-                for start in range(0, len(alike), most):
-                    await asyncio.create_task(self._run_batch(key, alike[start : start + most]))
+            await run_in_batches(samples, attrgetter("shadow_key"), most, self._run_batch)
 
     async def _run_batch(self, key: Key, samples: Sequence[Sample]) -> None:
         try:

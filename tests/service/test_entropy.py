@@ -59,3 +59,9 @@ def test_a_forked_process_does_not_repeat_its_parent(monkeypatch: pytest.MonkeyP
         patch.setattr(os, "getpid", lambda: -1)
         theirs = child.take(16)
     assert theirs != parent.take(16)
+
+
+@pytest.mark.parametrize(("rate", "least", "most"), [(0.0, 0, 0), (0.25, 800, 1200), (1.0, 4000, 4000)])
+def test_a_rate_is_the_share_of_calls(rate: float, least: int, most: int) -> None:
+    source = Entropy()
+    assert least <= sum(source.happens(rate) for _ in range(4000)) <= most  # seven deviations
