@@ -26,12 +26,14 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN --mount=type=cache,target=/root/.cache/pip \
     /opt/pip/bin/pip --python /opt/clarifier/bin/python install --no-deps --index-url "${TORCH_INDEX}" \
         "$(grep --only-matching '^torch==[^ ]*' requirements.lock)" \
-    && /opt/pip/bin/pip --python /opt/clarifier/bin/python install --constraint requirements.lock '.[service,tracing,evidence]' \
+    && /opt/pip/bin/pip --python /opt/clarifier/bin/python install --constraint requirements.lock '.[service,tracing,evidence,onnx]' \
     && /opt/clarifier/bin/python -c 'import sys, torch; sys.exit("this torch is for CUDA" if torch.version.cuda else 0)'
 
+# onnxruntime-gpu finds CUDA in the packages that torch brings. It has the modules of onnxruntime, so one alone is there.
 FROM build AS build-cuda
 RUN --mount=type=cache,target=/root/.cache/pip \
-    /opt/pip/bin/pip --python /opt/clarifier/bin/python install --constraint requirements.lock '.[service,tracing,evidence]'
+    /opt/pip/bin/pip --python /opt/clarifier/bin/python install --constraint requirements.lock '.[service,tracing,evidence]' \
+        "$(sed -n 's/^onnxruntime\(==[^ ]*\).*/onnxruntime-gpu\1/p' requirements.lock)"
 
 FROM build-cpu AS build-training
 RUN --mount=type=cache,target=/root/.cache/pip \
